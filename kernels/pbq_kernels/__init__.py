@@ -1,0 +1,89 @@
+"""Packed sub-2-bit weights: the layout, its reference, and the kernels that multiply with it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pbq_kernels import reference
+from pbq_kernels.layout import (
+    FORMAT_VERSION,
+    PackedFormatError,
+    PackedWeight,
+    Tier,
+    WeightLayout,
+)
+
+__all__ = [
+    "BACKENDS",
+    "FORMAT_VERSION",
+    "Backend",
+    "PackedFormatError",
+    "PackedWeight",
+    "Tier",
+    "WeightLayout",
+    "dequant_matmul",
+    "select",
+]
+
+log = logging.getLogger(__name__)
+
+
+class Backend(Protocol):
+    """One way to multiply with a packed weight. Repacks once in `prepare`, then only multiplies."""
+
+    name: str
+
+    def why_not(self, layout: WeightLayout, device: torch.device) -> str | None:
+        """None when it can serve this layout on this device, otherwise the reason."""
+
+    def prepare(self, pw: PackedWeight) -> Any:
+        """The backend's own form of `pw`, on pw's device."""
+
+    def matmul(self, x: Tensor, prepared: Any) -> Tensor:
+        """x [*b, k] @ W_hat.T -> [*b, n] in x's dtype."""
+
+
+class ReferenceBackend:
+    """Unpacks to a dense weight on every call. Slow, exact, runs anywhere torch runs."""
+
+    name = "reference"
+
+    def why_not(self, layout: WeightLayout, device: torch.device) -> str | None:
+        return None
+
+    def prepare(self, pw: PackedWeight) -> PackedWeight:
+        return pw
+
+    def matmul(self, x: Tensor, prepared: PackedWeight) -> Tensor:
+        return reference.matmul(x, prepared)
+
+
+# Fastest first; `select` takes the first that serves the layout and the device.
+BACKENDS: dict[str, Backend] = {"reference": ReferenceBackend()}
+
+
+def select(layout: WeightLayout, device: torch.device, name: str = "auto") -> Backend:
+    """The backend for this layout on this device. A backend asked for by name serves or raises."""
+    if name != "auto":
+        if name not in BACKENDS:
+            raise ValueError(f"unknown kernel backend {name!r}; there are {', '.join(BACKENDS)}")
+        reason = BACKENDS[name].why_not(layout, device)
+        if reason:
+            raise ValueError(f"kernel backend {name!r} cannot be used here: {reason}")
+        return BACKENDS[name]
+    for backend in BACKENDS.values():
+        reason = backend.why_not(layout, device)
+        if reason is None:
+            return backend
+        log.debug("backend %s passed over: %s", backend.name, reason)
+    raise AssertionError("the reference backend serves every layout")
+
+
+def dequant_matmul(x: Tensor, pw: PackedWeight, backend: str = "auto") -> Tensor:
+    """x [*b, k] @ W_hat.T -> [*b, n] in x's dtype, by the named backend."""
+    chosen = select(pw.layout, x.device, backend)
+    return chosen.matmul(x, chosen.prepare(pw))

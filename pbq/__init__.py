@@ -1,0 +1,1 @@
+"""pbq binarizes Hugging Face causal LMs after training. Importing it registers the loader."""
