@@ -1,0 +1,64 @@
+"""QuantConfig: what was asked. Frozen, validated once, written into the checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from pbq.errors import UsageError
+
+EFFORTS = ("fast", "default", "best")
+CRITERIA = ("damage", "absmax", "mean-abs")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Every choice that changes the bytes of the result.
+
+    method: a file of pbq/methods.
+    bits: the promise, stored bits per quantized weight (docs/format.md says what counts).
+    effort: how long to optimise, fast | default | best.
+    nsamples, seqlen: calibration segments and tokens in each.
+    calib: text file, jsonl file, datasets id, or "self" (text sampled from the model).
+    group_size: columns per group of scales, -1 is the row; methods with a grid of their own say so.
+    block_size: columns per lazy update of the GPTQ sweep; does not change the result.
+    percdamp: damping of H, as a share of its mean diagonal (GPTQ's name).
+    criterion: how ptq161 ranks salient channels: damage (ours), absmax (the paper's code),
+        mean-abs (the paper's text).
+    faithful: the paper's own recipe, whatever bits it then stores.
+    seed: of sampling, shuffling and held-out rows.
+    """
+
+    method: str = "ptq161"
+    bits: float = 1.61
+    effort: str = "default"
+    nsamples: int = 64
+    seqlen: int = 1024
+    calib: str = "self"
+    group_size: int = -1
+    block_size: int = 128
+    percdamp: float = 0.01
+    criterion: str = "damage"
+    faithful: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.bits) and 0 < self.bits <= 8):
+            raise UsageError(f"--bits {self.bits}: expected a number above 0 and at most 8")
+        if self.effort not in EFFORTS:
+            raise UsageError(f"--effort {self.effort}: expected one of {', '.join(EFFORTS)}")
+        if self.criterion not in CRITERIA:
+            raise UsageError(f"--criterion {self.criterion}: expected one of {', '.join(CRITERIA)}")
+        for name, least in (("nsamples", 1), ("seqlen", 8), ("block_size", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} {getattr(self, name)}: expected at least {least}")
+        if self.group_size != -1 and self.group_size < 8:
+            raise UsageError(f"--group-size {self.group_size}: expected -1 (row) or at least 8")
+        if not 0 < self.percdamp < 1:
+            raise UsageError(f"--percdamp {self.percdamp}: expected a share between 0 and 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)

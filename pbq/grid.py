@@ -1,0 +1,178 @@
+"""Grids of levels, the codes on them, and a whole quantized weight before it is packed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, UInt8
+from pbq_kernels.layout import Tier, WeightLayout
+from torch import Tensor
+
+
+def stored(x: Tensor) -> Tensor:
+    """Round to the float16 that the file will hold, so that error feedback sees what is stored."""
+    return x.clamp(-65504, 65504).half().float()
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The 2**planes levels of every row: level[c] = offset + sum_p scale[p] * (+1 if bit p of c).
+
+    scale float32 [n, planes] (ties already multiplied out); offset float32 [n], zero if none.
+    """
+
+    scale: Float[Tensor, "n p"]
+    offset: Float[Tensor, "n"]
+
+    @cached_property
+    def _sorted(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Levels in rising order [n, 2**p], the midpoints between them, and the code of each."""
+        levels, codes = self.levels().sort(dim=1)
+        return levels, ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous(), codes
+
+    def levels(self) -> Float[Tensor, "n l"]:
+        return self.offset[:, None] + self.scale @ signs(self.scale.shape[1], self.scale.device).T
+
+    def codes(self, w: Float[Tensor, "n c"]) -> UInt8[Tensor, "n c"]:
+        """The nearest level's code of every entry."""
+        if self.scale.shape[1] == 0:
+            return torch.zeros(w.shape, dtype=torch.uint8, device=w.device)
+        _, middle, code = self._sorted
+        # several searches at once want rows in memory order
+        rank = torch.searchsorted(middle, w.contiguous())
+        return code.gather(1, rank).to(torch.uint8)
+
+    def decode(self, codes: UInt8[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+        return self.levels().gather(1, codes.long())
+
+
+def signs(planes: int, device: torch.device | str = "cpu") -> Float[Tensor, "l p"]:
+    """+1 or -1 of every plane for every code, [2**planes, planes]; bit p of the code is plane p."""
+    code = torch.arange(2**planes, device=device)
+    return ((code[:, None] >> torch.arange(planes, device=device)) & 1).float() * 2 - 1
+
+
+@dataclass(eq=False)
+class TierGrid:
+    """The stored numbers of one tier. scale [n, groups, 1 or planes], offset [n, groups] or None."""
+
+    scale: Float[Tensor, "n g s"]
+    offset: Float[Tensor, "n g"] | None
+
+    def grid(self, tier: Tier, group: int) -> Grid:
+        """The grid of one group, ties multiplied out."""
+        scale = self.scale[:, group]
+        if tier.tied:
+            scale = scale * 2.0 ** torch.arange(tier.planes, device=scale.device)
+        offset = scale.new_zeros(len(scale)) if self.offset is None else self.offset[:, group]
+        return Grid(scale, offset)
+
+
+@dataclass(eq=False)
+class QuantizedWeight:
+    """A weight [n, k] as codes on grids, columns in their original order.
+
+    tiers: as in the layout. tier_of uint8 [k]. codes uint8 [n, k]. grids: one per tier.
+    column_scale: float32 [k], representable in float16, or None.
+    """
+
+    tiers: tuple[Tier, ...]
+    tier_of: UInt8[Tensor, "k"]
+    codes: UInt8[Tensor, "n k"]
+    grids: list[TierGrid]
+    column_scale: Float[Tensor, "k"] | None = None
+
+    def layout(self) -> WeightLayout:
+        n, k = self.codes.shape
+        return WeightLayout(n, k, self.tiers, column_scale=self.column_scale is not None)
+
+    def columns(self, tier: int) -> Tensor:
+        """int64: the original columns of a tier, in storage order."""
+        return (self.tier_of == tier).nonzero(as_tuple=True)[0]
+
+    def dequantize(self) -> Float[Tensor, "n k"]:
+        W_hat = torch.zeros(self.codes.shape, device=self.codes.device)
+        for t, (tier, tier_grid) in enumerate(zip(self.tiers, self.grids, strict=True)):
+            columns, group_of = self.columns(t), tier.group_of_column().to(self.codes.device)
+            for group in range(tier.groups):
+                chosen = columns[group_of == group]
+                W_hat[:, chosen] = tier_grid.grid(tier, group).decode(self.codes[:, chosen])
+        return W_hat if self.column_scale is None else W_hat * self.column_scale
+
+
+def fit_planes(
+    W: Float[Tensor, "n c"], weight: Float[Tensor, "c"], planes: int, iterations: int = 8
+) -> Grid:
+    """Free plane scales by weighted alternating least squares: greedy residual start, then Lloyd.
+
+    Minimises sum_c weight_c (W_nc - level(code_nc))**2 for each row (ARB-LLM, Li et al. 2024, 3.2).
+    """
+    n = len(W)
+    share = weight / weight.sum()
+    scale, residual = W.new_zeros(n, planes), W.clone()
+    for p in reversed(range(planes)):
+        scale[:, p] = residual.abs() @ share
+        residual -= scale[:, p : p + 1] * torch.where(residual >= 0, 1.0, -1.0)
+    zero = W.new_zeros(n)
+    sigma_of = signs(planes, W.device)
+    # one plane has its optimum in closed form: the mean of |W|
+    for _ in range(iterations if planes > 1 else 0):
+        sigma = sigma_of[Grid(scale, zero).codes(W).long()]  # [n, c, p]
+        weighted = sigma * share[:, None]
+        A = weighted.transpose(1, 2) @ sigma + 1e-6 * torch.eye(planes, device=W.device)
+        b = (weighted * W[..., None]).sum(1)
+        scale = torch.linalg.solve(A, b)
+    return Grid(stored(scale), zero)
+
+
+def fit_uniform(
+    W: Float[Tensor, "n c"], weight: Float[Tensor, "c"], planes: int, *, search: bool = True
+) -> Grid:
+    """Equally spaced levels with an offset: asymmetric min-max that includes zero (PTQ1.61, 1b).
+
+    With `search`, the range of each row is shrunk to the least weighted squared error (12 steps to
+    half), then step and offset are refined by least squares on the codes found.
+    """
+    steps = 2**planes - 1
+    low, high = W.amin(1).clamp(max=0), W.amax(1).clamp(min=0)
+    best = _uniform(low, high, planes)
+    if not search:
+        return best
+    share = weight / weight.sum()
+    error = ((W - best.decode(best.codes(W))) ** 2) @ share
+    for shrink in torch.linspace(0.95, 0.4, 12).tolist():
+        grid = _uniform(low * shrink, high * shrink, planes)
+        e = ((W - grid.decode(grid.codes(W))) ** 2) @ share
+        better = e < error
+        best = _choose(better, grid, best)
+        error = torch.where(better, e, error)
+    for _ in range(4):
+        position = (best.codes(W).float() * 2 - steps) / 2  # in steps from the middle
+        mean_p, mean_w = position @ share, W @ share
+        centred = position - mean_p[:, None]
+        variance = (centred**2) @ share
+        step = ((centred * (W - mean_w[:, None])) @ share) / variance.clamp(min=1e-20)
+        step = torch.where(variance > 1e-12, step, best.scale[:, 0] * 2)
+        grid = _from_step(step, mean_w - step * mean_p, planes)
+        e = ((W - grid.decode(grid.codes(W))) ** 2) @ share
+        best, error = _choose(e < error, grid, best), torch.minimum(e, error)
+    return best
+
+
+def _uniform(low: Tensor, high: Tensor, planes: int) -> Grid:
+    steps = 2**planes - 1
+    step = ((high - low) / steps).clamp(min=1e-7)
+    zero_point = torch.round(-low / step).clamp(0, steps)
+    return _from_step(step, step * (steps / 2 - zero_point), planes)
+
+
+def _from_step(step: Tensor, offset: Tensor, planes: int) -> Grid:
+    half = stored(step / 2)
+    return Grid(half[:, None] * 2.0 ** torch.arange(planes, device=step.device), stored(offset))
+
+
+def _choose(first: Tensor, a: Grid, b: Grid) -> Grid:
+    scale = torch.where(first[:, None], a.scale, b.scale)
+    return Grid(scale, torch.where(first, a.offset, b.offset))

@@ -1,0 +1,86 @@
+"""H = XᵀX of a linear's inputs: accumulated, damped, inverted, and used as a metric."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pbq.errors import NumericalError
+
+log = logging.getLogger(__name__)
+
+
+class Hessian:
+    """Accumulates H = XᵀX / m over the inputs of one linear (or of several that share them).
+
+    H is the proxy of a layer's loss: tr(E H Eᵀ) is the mean squared output error of E = W - W_hat
+    (Frantar et al. 2022, eq. 1). Kept in float32: sums over 2**18 tokens in bfloat16 would keep
+    eight significant bits.
+    """
+
+    def __init__(self, k: int, device: torch.device | str = "cpu") -> None:
+        self._sum = torch.zeros(k, k, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def update(self, x: Float[Tensor, "*b k"]) -> None:
+        x = x.reshape(-1, x.shape[-1]).float()
+        self._sum.addmm_(x.T, x)
+        self.tokens += x.shape[0]
+
+    def mean(self) -> Float[Tensor, "k k"]:
+        """H per token. Raises NumericalError on non-finite sums."""
+        if not torch.isfinite(self._sum).all():
+            raise NumericalError("non-finite activations in the calibration data")
+        return self._sum / max(self.tokens, 1)
+
+
+def damp(H: Float[Tensor, "k k"], percdamp: float) -> Float[Tensor, "k k"]:
+    """H + percdamp * mean(diag H) * I. A dead channel (no input ever) is damped like the others."""
+    diagonal = H.diagonal().mean() * percdamp
+    # all inputs zero: any positive metric will do, and identity is the plain one
+    diagonal = diagonal if diagonal > 0 else diagonal + 1
+    return H + diagonal * torch.eye(len(H), device=H.device, dtype=H.dtype)
+
+
+def inverse_cholesky(
+    H: Float[Tensor, "k k"], percdamp: float, name: str = "weight"
+) -> tuple[Float[Tensor, "k k"], float]:
+    """(U, damping used): U upper with (H + damping)⁻¹ = UᵀU, in float32.
+
+    When H is not positive definite at `percdamp`, first float64 and then ten times the damping is
+    tried, up to 1; each step is logged with the layer's name. Raises NumericalError after that.
+    """
+    damping = percdamp
+    while True:
+        for dtype in (torch.float32, torch.float64):
+            U = _inverse_cholesky(damp(H.to(dtype), damping))
+            if U is not None:
+                if damping != percdamp:
+                    log.warning("%s: H needed damping %g instead of %g", name, damping, percdamp)
+                return U.float(), damping
+        if damping >= 1:
+            raise NumericalError(
+                f"{name}: H is not positive definite even with damping {damping:g}; "
+                "use more or other calibration text"
+            )
+        damping = min(1.0, damping * 10)
+
+
+def _inverse_cholesky(H_damped: Tensor) -> Tensor | None:
+    L, failed = torch.linalg.cholesky_ex(H_damped)
+    if failed:
+        return None
+    U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
+    return None if failed or not torch.isfinite(U).all() else U
+
+
+def proxy_loss(
+    W: Float[Tensor, "n k"], W_hat: Float[Tensor, "n k"], H: Float[Tensor, "k k"]
+) -> float:
+    """tr(E H Eᵀ) / tr(W H Wᵀ): the relative squared error of the layer's output."""
+    E = W - W_hat
+    energy = ((W @ H) * W).sum()
+    return float(((E @ H) * E).sum() / energy) if energy > 0 else 0.0
