@@ -1,0 +1,83 @@
+"""From a budget of stored bits to tiers: how many planes each input channel gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, UInt8
+from pbq_kernels.layout import Tier, WeightLayout
+from torch import Tensor
+
+from pbq.errors import UsageError
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelStats:
+    """What a layer's inputs and output gradients look like: small enough to keep for a whole model.
+
+    x_sq, x_absmax, x_absmean [k]: mean square, largest and mean magnitude of each input channel.
+    g_sq [n]: mean square of the loss gradient at each output, or None when no backward pass was run.
+    """
+
+    x_sq: Float[Tensor, "k"]
+    x_absmax: Float[Tensor, "k"]
+    x_absmean: Float[Tensor, "k"]
+    g_sq: Float[Tensor, "n"] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPlan:
+    """The tiers of one layer and the tier of each of its columns, uint8 [k]."""
+
+    tiers: tuple[Tier, ...]
+    tier_of: UInt8[Tensor, "k"]
+    column_scale: bool = False
+
+    def layout(self, n: int) -> WeightLayout:
+        return WeightLayout(n, len(self.tier_of), self.tiers, column_scale=self.column_scale)
+
+
+@dataclass(frozen=True, eq=False)
+class PlanInput:
+    """A layer as an allocator sees it: the weight [n, k] and its statistics."""
+
+    W: Float[Tensor, "n k"]
+    stats: ChannelStats
+
+
+def most_columns(
+    n: int, k: int, bits: float, tiers_for: Callable[[int], tuple[Tier, ...]], name: str = "layer"
+) -> int:
+    """The largest count c of fine columns with stored bits of `tiers_for(c)` at most `bits`.
+
+    Raises UsageError naming the layer and the least bits that would do.
+    """
+
+    def stored(c: int) -> float:
+        return WeightLayout(n, k, tiers_for(c)).bits_per_weight
+
+    if stored(0) > bits:
+        raise UsageError(
+            f"{name} [{n}x{k}]: {bits:g} bits cannot hold its signs and scales; "
+            f"the least is --bits {stored(0):.3f}"
+        )
+    low, high = 0, k
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if stored(middle) <= bits else (low, middle - 1)
+    return low
+
+
+def tiers_of(score: Float[Tensor, "k"], c: int) -> UInt8[Tensor, "k"]:
+    """1 for the c columns of highest score, 0 for the rest; a tie goes to the earlier column."""
+    tier_of = torch.zeros(len(score), dtype=torch.uint8)
+    tier_of[torch.argsort(score, descending=True, stable=True)[:c].cpu()] = 1
+    return tier_of
+
+
+def stored_bits(plans: Mapping[str, LayerPlan], rows: Mapping[str, int]) -> float:
+    """Stored bits per weight of a whole model under these plans."""
+    layouts = [plan.layout(rows[name]) for name, plan in plans.items()]
+    return sum(L.stored_bits for L in layouts) / sum(L.n * L.k for L in layouts)

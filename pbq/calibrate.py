@@ -1,0 +1,251 @@
+"""Calibration text as token ids, and the channel statistics of the unquantized model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pbq.allocate import ChannelStats
+from pbq.errors import DataError, NumericalError
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """ids int64 [nsamples, seqlen]; where they came from; sha256 of the ids, which names the set."""
+
+    ids: Tensor
+    source: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
+
+    def label(self) -> str:
+        n, length = self.ids.shape
+        return f"{self.source}, {n} × {length} tokens"
+
+
+def load_calibration(
+    source: str,
+    tokenizer: Any,
+    model: nn.Module,
+    *,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> Calibration:
+    """The first nsamples × seqlen tokens of a text file, a datasets id, or of the model's own text.
+
+    source: "self"; a path (.jsonl: one object a line with a "text", anything else: plain text);
+    or a datasets id `name[:config[:split]]`. Raises DataError when there is too little text.
+    """
+    if source == "self":
+        ids = sample_from_model(model, tokenizer, nsamples, seqlen, seed, progress)
+        return Calibration(ids, f"sampled from the model itself, seed {seed}")
+    path = Path(source)
+    looks_local = path.exists() or path.suffix in {".txt", ".jsonl", ".json", ".raw", ".md"}
+    texts = _read_file(path) if looks_local else _read_dataset(source)
+    name = path.name if looks_local else source
+    needed = nsamples * seqlen
+    ids = _tokenize(texts, tokenizer, needed)
+    if len(ids) < needed:
+        raise DataError(
+            f"{name}: {len(ids)} tokens, but {nsamples} × {seqlen} = {needed} are needed; "
+            f"use a longer text, --nsamples {max(len(ids) // seqlen, 1)} or a smaller --seqlen"
+        )
+    return Calibration(ids[:needed].view(nsamples, seqlen), name)
+
+
+def _tokenize(texts: Iterable[str], tokenizer: Any, needed: int) -> Tensor:
+    """Token ids of the texts in order, separated by the end-of-text token, until `needed`."""
+    parts: list[int] = []
+    for text in texts:
+        if parts and tokenizer.eos_token_id is not None:
+            parts.append(tokenizer.eos_token_id)
+        # verbose=False: a text longer than the model's context is what is wanted here
+        parts += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        if len(parts) >= needed:
+            break
+    return torch.tensor(parts, dtype=torch.int64)
+
+
+def _read_file(path: Path) -> Iterator[str]:
+    try:
+        if path.suffix not in {".jsonl", ".json"}:
+            yield path.read_text(encoding="utf-8")
+            return
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _text_of(json.loads(line), f"{path}, line {number}")
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not one JSON object a line ({error})") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not UTF-8 text") from None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from None
+
+
+def _text_of(item: Any, where: str) -> str:
+    text = item.get("text") if isinstance(item, dict) else item
+    if not isinstance(text, str):
+        raise DataError(f'{where}: expected an object with a "text"')
+    return text
+
+
+def _read_dataset(source: str) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            f"{source}: no such file, and reading it as a dataset needs `pip install datasets`"
+        ) from None
+    name, config, split = ([*source.split(":"), "", ""])[:3]
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        for number, row in enumerate(rows):
+            yield _text_of(row, f"{source}, row {number}")
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises many kinds for "not there" and "no network"
+        raise DataError(
+            f"{source}: neither a file nor a dataset that can be reached "
+            f"({type(error).__name__}); give a local text file or --calib self"
+        ) from None
+
+
+@torch.no_grad()
+def sample_from_model(
+    model: nn.Module,
+    tokenizer: Any,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    progress: Progress | None = None,
+    batch: int = 32,
+) -> Tensor:
+    """Text the model writes by itself: random first token, four greedy ones, then sampling.
+
+    Data-free calibration of LLM-QAT (Liu et al. 2023, 3.1), which DB-LLM follows too. int64
+    [nsamples, seqlen]. Deterministic for a seed; the global random state is left alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    vocab = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
+    ordinary = [i for i in range(vocab) if i not in set(tokenizer.all_special_ids)]
+    rows = []
+    for start in range(0, nsamples, batch):
+        size = min(batch, nsamples - start)
+        pick = torch.randint(len(ordinary), (size, 1), generator=generator)
+        token = torch.tensor(ordinary)[pick].to(device)
+        ids, cache = [token], None
+        for step in range(1, seqlen):
+            out = model(token, past_key_values=cache, use_cache=True)
+            cache, logits = out.past_key_values, out.logits[:, -1, :vocab].float()
+            if step <= 4:
+                token = logits.argmax(-1, keepdim=True)
+            else:
+                weights = logits.softmax(-1).cpu()
+                token = torch.multinomial(weights, 1, generator=generator).to(device)
+            ids.append(token)
+            if progress:
+                progress(start * seqlen + step * size, nsamples * seqlen)
+        rows.append(torch.cat(ids, 1).cpu())
+    return torch.cat(rows)
+
+
+def channel_stats(
+    model: nn.Module,
+    linears: dict[str, nn.Module],
+    ids: Tensor,
+    *,
+    gradients: bool,
+    batch: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, ChannelStats]:
+    """Input statistics of every linear over `ids` [N, L], and E[g²] of its outputs if asked.
+
+    The gradients are those of the next-token loss on the same text. Raises NumericalError naming
+    the layer whose inputs are not finite.
+    """
+    taps = {name: _Tap(module, gradients) for name, module in linears.items()}
+    embedding = model.get_input_embeddings()
+    # the graph must start before the first block though no parameter asks for a gradient
+    hook = embedding.register_forward_hook(lambda m, a, out: out.requires_grad_(gradients))
+    try:
+        with torch.set_grad_enabled(gradients):
+            for start in range(0, len(ids), batch):
+                rows = ids[start : start + batch].to(next(model.parameters()).device)
+                out = model(rows, use_cache=False, labels=rows if gradients else None)
+                if gradients:
+                    out.loss.backward()
+                if progress:
+                    progress(min(start + batch, len(ids)), len(ids))
+    finally:
+        hook.remove()
+        for tap in taps.values():
+            tap.remove()
+    return {name: tap.stats(name) for name, tap in taps.items()}
+
+
+class _Tap:
+    """Running statistics of one linear's inputs and output gradients."""
+
+    def __init__(self, module: nn.Module, gradients: bool) -> None:
+        self.tokens = 0
+        self.x_sq: Tensor | None = None
+        self.x_abs: Tensor | None = None
+        self.x_max: Tensor | None = None
+        self.g_sq: Tensor | None = None
+        self._handles = [module.register_forward_pre_hook(self._input)]
+        if gradients:
+            self._handles.append(module.register_forward_hook(self._output))
+
+    def _input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0].detach().flatten(0, -2).float().abs()
+        sq, total, largest = x.pow(2).sum(0), x.sum(0), x.amax(0)
+        self.tokens += len(x)
+        if self.x_sq is None or self.x_abs is None or self.x_max is None:
+            self.x_sq, self.x_abs, self.x_max = sq, total, largest
+        else:
+            self.x_sq, self.x_abs = self.x_sq + sq, self.x_abs + total
+            self.x_max = torch.maximum(self.x_max, largest)
+
+    def _output(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        out.register_hook(self._gradient)
+
+    def _gradient(self, g: Tensor) -> None:
+        sq = g.flatten(0, -2).float().pow(2).sum(0)
+        self.g_sq = sq if self.g_sq is None else self.g_sq + sq
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def stats(self, name: str) -> ChannelStats:
+        if self.x_sq is None or self.x_abs is None or self.x_max is None:
+            raise NumericalError(f"{name}: no calibration token reached this layer")
+        if not torch.isfinite(self.x_sq).all():
+            raise NumericalError(f"{name}: non-finite inputs on the calibration text")
+        g_sq = None if self.g_sq is None else self.g_sq / self.tokens
+        return ChannelStats(self.x_sq / self.tokens, self.x_max, self.x_abs / self.tokens, g_sq)
+
+
+def batches(ids: Tensor, size: int) -> Sequence[Tensor]:
+    """Rows of ids [N, L] in equal batches: the largest divisor of N up to `size`.
+
+    Equal shapes let one recorded call (masks, positions) of a block serve every batch.
+    """
+    while len(ids) % size:
+        size -= 1
+    return ids.split(size)

@@ -1,0 +1,56 @@
+"""One file a method; the registry is this folder.
+
+A method chooses tiers and grids and says how long to optimise. It sees tensors, never a model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Protocol
+
+from pbq_kernels.layout import Tier
+from torch import Tensor
+
+from pbq.allocate import LayerPlan, PlanInput
+from pbq.config import QuantConfig
+from pbq.errors import UsageError
+from pbq.grid import Grid
+from pbq.tune import Recipe
+
+
+class Method(Protocol):
+    """The whole extension point. A module here offers one through `method(config)`."""
+
+    name: str
+    summary: str
+    wants_gradients: bool
+
+    def plan(self, layers: Mapping[str, PlanInput], config: QuantConfig) -> dict[str, LayerPlan]:
+        """Tiers of every column of every layer, within config.bits stored bits."""
+
+    def fit(self, W: Tensor, weight: Tensor, tier: Tier, row: Tensor) -> Grid:
+        """Grid of one tier (or group): W [n, c] its weights, weight [c] their importance.
+
+        row [n, k] holds all columns of the layer. The numbers must be float16-representable.
+        """
+
+    def recipe(self, config: QuantConfig) -> Recipe:
+        """How to reconstruct and how long to optimise."""
+
+    def paper_bits(self, plans: Mapping[str, LayerPlan], rows: Mapping[str, int]) -> float:
+        """Bits as the paper counts them: only ever printed as a label beside the stored bits."""
+
+
+def names() -> list[str]:
+    """Command-line names of all methods."""
+    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__))
+
+
+def get(name: str, config: QuantConfig) -> Method:
+    """The method called `name`, as `config` wants it. Raises UsageError listing what there is."""
+    if name not in names():
+        raise UsageError(f"--method {name}: unknown; there are {', '.join(names())}")
+    module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+    return module.method(config)
