@@ -3,8 +3,8 @@
 `architecture` (twelve dense ones) and `moe_architecture` parametrize a test. `tiny_model(name)` is
 a fresh seeded model in RAM, `tiny_checkpoint(name)` a directory with it and its tokenizer (written
 once a session: copy it before changing it), `random_packed(n, k, tiers, ...)` a PackedWeight of
-random bits. `shared_data` is the folder of real text, `real_gguf` a real small model; both skip when
-absent.
+random bits. `shared_data` is the folder of real text, `real_gguf` a real small model; both skip
+when absent.
 """
 
 from __future__ import annotations

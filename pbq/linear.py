@@ -1,0 +1,158 @@
+"""PackedLinear: the module that stands where an nn.Linear or Conv1D stood, for every method."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pbq_kernels import BACKENDS, Backend, PackedWeight, WeightLayout, select
+from pbq_kernels.layout import check_tensors
+from pbq_kernels.reference import dequantize
+
+_backend_name = os.environ.get("PBQ_BACKEND") or "auto"
+
+
+def set_backend(name: str) -> None:
+    """Choose the kernel of every PackedLinear of this process; `auto` is the fastest that serves.
+
+    The start value is the environment variable PBQ_BACKEND, or auto. Raises ValueError.
+    """
+    global _backend_name
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"unknown kernel backend {name!r}; there are auto, {', '.join(BACKENDS)}")
+    _backend_name = name
+
+
+def backend_name() -> str:
+    """The backend asked for, which may be `auto`."""
+    return _backend_name
+
+
+class PackedLinear(nn.Module):
+    """x [*b, k] -> x @ W_hat.T + bias [*b, n], in x's dtype, from the stored bytes.
+
+    Its buffers are exactly the tensors of the layout, in their stored dtypes whatever the model is
+    cast to, and `bias` [n] in the model's dtype. What the backend makes of them is kept outside the
+    state dict and made anew after a move, a load or a copy. After writing into a buffer in place,
+    call `forget_prepared`.
+    """
+
+    # WeightLayout names these; declared for the type checker and for code that reads `.weight`.
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, layout: WeightLayout, bias: bool = False, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.in_features, self.out_features = layout.k, layout.n
+        for name, spec in layout.tensors().items():
+            self.register_buffer(name, torch.zeros(spec.shape, dtype=spec.dtype))
+        self.register_buffer("bias", torch.zeros(layout.n, dtype=dtype) if bias else None)
+        self._prepared: _Prepared | None = None
+
+    @classmethod
+    def from_packed(cls, pw: PackedWeight, bias: Tensor | None = None) -> PackedLinear:
+        """Holds pw's own tensors, not copies, and a copy of `bias` [n]."""
+        with torch.device("meta"):
+            linear = cls(pw.layout, bias is not None, bias.dtype if bias is not None else None)
+        for name, tensor in pw.tensors.items():
+            setattr(linear, name, tensor)
+        if bias is not None:
+            linear.bias = bias.detach().clone()
+        return linear
+
+    def packed(self) -> PackedWeight:
+        """The weight as stored, sharing this module's buffers."""
+        return PackedWeight(self.layout, {n: self._stored(n) for n in self.layout.tensors()})
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight [n, k] that this module multiplies with."""
+        return dequantize(self.packed(), dtype)
+
+    def check(self, name: str) -> None:
+        """Raise PackedFormatError, naming layer and tensor, unless the weight is valid."""
+        tensors = {key: self._stored(key) for key in self.layout.tensors()}
+        check_tensors(self.layout, tensors, name, values=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        prepared = self._prepared
+        if prepared is None or not prepared.serves(self.weight, _backend_name):
+            prepared = self._prepare()
+        y = prepared.backend.matmul(x, prepared.form)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _prepare(self) -> _Prepared:
+        # Kernels index memory by these values: a file that lies must not reach one.
+        self.check(type(self).__name__)
+        backend = select(self.layout, self.weight.device, _backend_name)
+        form = backend.prepare(self.packed())
+        self._prepared = _Prepared(backend, form, self.weight, _backend_name)
+        return self._prepared
+
+    def forget_prepared(self) -> None:
+        """The next forward prepares the buffers again."""
+        self._prepared = None
+
+    def _stored(self, name: str) -> Tensor:
+        tensor = self._buffers[name]
+        assert tensor is not None
+        return tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """Move, but never cast, the stored tensors: `.to(bfloat16)` must not round their scales.
+
+        `.to(dtype)`, `.half()` and `.float()` leave integers alone, so fn is shown the float16
+        tensors as int16. `.type(dtype)` casts integers too; then only the device is taken over.
+        """
+        stored = {name: self._stored(name) for name in self.layout.tensors()}
+        for name, tensor in stored.items():
+            self._buffers[name] = _as_integers(tensor)
+        super()._apply(fn, recurse)
+        for name, tensor in stored.items():
+            moved = self._stored(name)
+            if moved.dtype != _as_integers(tensor).dtype:
+                moved = _as_integers(tensor).to(moved.device)
+            self._buffers[name] = moved.view(tensor.dtype)
+        self.forget_prepared()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.forget_prepared()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy prepares its own buffers; a backend's form need not survive copying or pickling.
+        return {**self.__dict__, "_prepared": None}
+
+    def extra_repr(self) -> str:
+        tiers = "+".join(f"{tier.planes}x{tier.columns}" for tier in self.layout.tiers)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, planes x columns={tiers}, "
+            f"bits={self.layout.bits_per_weight:.3f}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """What `backend`, chosen when `asked` was asked for, made of the buffers beside `weight`."""
+
+    backend: Backend
+    form: Any
+    weight: Tensor
+    asked: str
+
+    def serves(self, weight: Tensor, asked: str) -> bool:
+        # Identity: accelerate's offloading replaces the buffers without telling the module.
+        return self.weight is weight and self.asked == asked
+
+
+def _as_integers(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.int16) if tensor.dtype == torch.float16 else tensor
