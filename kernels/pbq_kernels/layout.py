@@ -1,4 +1,4 @@
-"""The packed layout: tiers of bit planes, row scales, optional overlay. docs/format.md is its prose.
+"""The packed layout: tiers of bit planes, row scales, optional overlay. In prose: docs/format.md.
 
     W_hat[:, tier] = offset[n, g] + sum_p scale[n, g, p] * sigma_p[n, columns of the tier]
 
@@ -116,15 +116,16 @@ class WeightLayout:
                 )
             if tier.columns < 0:
                 raise PackedFormatError(f"layout: tier {i} has {tier.columns} columns")
-            if tier.group_size != -1 and tier.group_size < 1:
+            if tier.group_size != -1 and not 1 <= tier.group_size <= MAX_FEATURES:
                 raise PackedFormatError(f"layout: tier {i} has group_size {tier.group_size}")
         if sum(tier.columns for tier in self.tiers) != self.k:
             raise PackedFormatError(
-                f"layout: tiers hold {sum(t.columns for t in self.tiers)} columns, the weight has {self.k}"
+                f"layout: tiers hold {sum(t.columns for t in self.tiers)} columns, "
+                f"the weight has {self.k}"
             )
         if not 0 <= self.overlay <= self.n * self.k:
             raise PackedFormatError(f"layout: {self.overlay} overlay entries in {self.n}x{self.k}")
-        # A gap of up to k columns costs at most k/15 + 1 nibbles, so the stream's length is bounded.
+        # A gap of up to k columns costs at most k/15 + 1 nibbles: the stream's length is bounded.
         most = (self.overlay + self.n * (self.k // 15 + 1) + 1) // 2
         if not (self.overlay + 1) // 2 <= self.overlay_bytes <= (most if self.overlay else 0):
             raise PackedFormatError(f"layout: overlay_gap of {self.overlay_bytes} bytes")
@@ -365,7 +366,8 @@ def expand_scales(layout: WeightLayout, scale: Tensor | None) -> list[Tensor]:
     out, start = [], 0
     for tier in layout.tiers:
         if not tier.scales or scale is None:
-            out.append(torch.zeros(layout.n, tier.groups, tier.planes))
+            device = None if scale is None else scale.device
+            out.append(torch.zeros(layout.n, tier.groups, tier.planes, device=device))
             continue
         part = scale[:, start : start + tier.scales].float().reshape(layout.n, tier.groups, -1)
         start += tier.scales
@@ -376,7 +378,7 @@ def expand_scales(layout: WeightLayout, scale: Tensor | None) -> list[Tensor]:
 
 
 def expand_offsets(layout: WeightLayout, offset: Tensor | None) -> list[Tensor | None]:
-    """Split stored `offset` [n, O] into one float32 [n, groups] per tier; None where there is none."""
+    """Split stored `offset` [n, O] into one float32 [n, groups] per tier, or None without any."""
     out: list[Tensor | None] = []
     start = 0
     for tier in layout.tiers:
