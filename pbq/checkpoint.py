@@ -1,0 +1,511 @@
+"""Checkpoints on the disk, read by somebody who believes nothing they say.
+
+`read_layers`, `read_packed`, `inspect` and `verify` read a finished checkpoint: whatever is wrong
+with it is a `CheckpointError` that names the tensor or the file. `copy_auxiliary` completes a new
+one with the source's tokenizer and other small files. `Work` is the run that writes one.
+docs/format.md is the format in prose.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pbq.disk import CheckpointError, check_space, checksum, read_json, reading, writing
+from pbq.work import Work
+from pbq_kernels.layout import (
+    FORMAT_VERSION,
+    PackedFormatError,
+    PackedWeight,
+    Tier,
+    WeightLayout,
+    check_tensors,
+)
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointSummary",
+    "LayerSummary",
+    "VerifyReport",
+    "Work",
+    "check_space",
+    "checksum",
+    "copy_auxiliary",
+    "inspect",
+    "read_layers",
+    "read_packed",
+    "verify",
+]
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# Stored bits are a JSON number that may have been rounded to six decimals.
+BITS_TOLERANCE = 1e-6
+
+_DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.float16: "F16"}
+_PLAIN_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
+_PACKED_SUFFIXES = ("overlay_count", "overlay_gap", "overlay_value", "overlay_scale")
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One quantized weight. bits: stored bits per weight; nbytes: of all its stored tensors."""
+
+    name: str
+    n: int
+    k: int
+    tiers: tuple[Tier, ...]
+    overlay: int
+    bits: float
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """What a checkpoint stores, from its headers alone.
+
+    stored_bits: bits per quantized weight. bits_per_parameter: of the whole model, embeddings and
+    norms included. file_bytes: the weight files, headers included; directory_bytes: every file.
+    """
+
+    method: str
+    asked_bits: float | None
+    stored_bits: float
+    bits_per_parameter: float
+    parameters: int
+    quantized_parameters: int
+    quantized_bytes: int
+    other_bytes: int
+    file_bytes: int
+    directory_bytes: int
+    layers: tuple[LayerSummary, ...]
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """A checkpoint that passed: how much was read, what it stores, what is only worth a look.
+
+    unchecked: tensors beside the packed ones for which config.json has no checksum.
+    """
+
+    layers: int
+    tensors: int
+    nbytes: int
+    stored_bits: float
+    asked_bits: float | None
+    unchecked: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def read_layers(out: Path | str) -> dict[str, WeightLayout]:
+    """Layout of every quantized layer, by module name, from config.json. Raises CheckpointError."""
+    return _read_config(Path(out)).layouts
+
+
+def read_packed(out: Path | str, name: str) -> PackedWeight:
+    """One layer's packed weight, checked against layout and checksums. Raises CheckpointError."""
+    contents = _Contents.open(Path(out))
+    if name not in contents.config.layouts:
+        raise CheckpointError(f"{contents.out}: no quantized layer is called {name!r}")
+    return contents.read_packed(name)
+
+
+def inspect(out: Path | str) -> CheckpointSummary:
+    """Sizes and bits, from the headers alone: no tensor is read. Raises CheckpointError."""
+    return _summary(_Contents.open(Path(out)))
+
+
+def _summary(contents: _Contents) -> CheckpointSummary:
+    config = contents.config
+    layers = tuple(_layer_summary(contents, name) for name in config.layouts)
+    quantized_parameters = sum(layer.n * layer.k for layer in layers)
+    others = [contents.stored[name] for name in contents.stored.keys() - contents.packed_names()]
+    quantized_bytes = sum(layer.nbytes for layer in layers)
+    other_bytes = sum(tensor.nbytes for tensor in others)
+    parameters = quantized_parameters + sum(math.prod(tensor.shape) for tensor in others)
+    return CheckpointSummary(
+        method=config.method,
+        asked_bits=config.asked_bits,
+        stored_bits=8 * quantized_bytes / quantized_parameters,
+        bits_per_parameter=8 * (quantized_bytes + other_bytes) / parameters,
+        parameters=parameters,
+        quantized_parameters=quantized_parameters,
+        quantized_bytes=quantized_bytes,
+        other_bytes=other_bytes,
+        file_bytes=sum(file.stat().st_size for file in contents.files),
+        directory_bytes=sum(p.stat().st_size for p in contents.out.rglob("*") if p.is_file()),
+        layers=layers,
+    )
+
+
+def _layer_summary(contents: _Contents, name: str) -> LayerSummary:
+    layout = contents.config.layouts[name]
+    nbytes = sum(contents.stored[f"{name}.{key}"].nbytes for key in layout.tensors())
+    bits = 8 * nbytes / (layout.n * layout.k)
+    return LayerSummary(name, layout.n, layout.k, layout.tiers, layout.overlay, bits, nbytes)
+
+
+def verify(out: Path | str, progress: Callable[[int, int], object] | None = None) -> VerifyReport:
+    """Read the whole checkpoint and check everything the format promises; the first fault raises.
+
+    progress: called with (bytes read, bytes in all) after every layer and tensor. Raises
+    CheckpointError naming the tensor or the file.
+    """
+    contents = _Contents.open(Path(out))
+    contents.refuse_leftovers()
+    summary = _summary(contents)
+    _check_bits(contents, summary.stored_bits)
+    _check_auxiliary(contents.out)
+    digests = _read_everything(contents, progress or (lambda done, total: None))
+    unchecked = _unchecked(contents, digests)
+    return VerifyReport(
+        layers=len(summary.layers),
+        tensors=len(contents.stored),
+        nbytes=summary.quantized_bytes + summary.other_bytes,
+        stored_bits=summary.stored_bits,
+        asked_bits=summary.asked_bits,
+        unchecked=tuple(unchecked),
+        warnings=tuple(_warnings(contents)),
+    )
+
+
+def _read_everything(contents: _Contents, progress: Callable[[int, int], object]) -> dict[str, str]:
+    """Checksum of every stored tensor, each compared with the one written for its name."""
+    total, done, digests = sum(t.nbytes for t in contents.stored.values()), 0, {}
+    for layer in contents.config.layouts:
+        packed = contents.read_packed(layer)
+        for key in packed.tensors:
+            digests[f"{layer}.{key}"] = contents.config.checksums[f"{layer}.{key}"]
+            done += contents.stored[f"{layer}.{key}"].nbytes
+        progress(done, total)
+    for name in sorted(contents.stored.keys() - digests.keys()):
+        digests[name] = checksum(contents.read(name))
+        done += contents.stored[name].nbytes
+        progress(done, total)
+    return digests
+
+
+def _unchecked(contents: _Contents, digests: Mapping[str, str]) -> list[str]:
+    """Tensors without a checksum. Raises for a checksum without a tensor.
+
+    A tied tensor is stored once and a renamed one under another name: equal bytes will do.
+    """
+    checksums = contents.config.checksums
+    absent = {name: digest for name, digest in checksums.items() if name not in digests}
+    written, elsewhere = set(digests.values()), set(absent.values())
+    for name, digest in sorted(absent.items()):
+        if digest not in written:
+            raise CheckpointError(f"{name}: missing, though it has a checksum")
+    known = checksums.keys()
+    return sorted(n for n in digests.keys() - known if digests[n] not in elsewhere)
+
+
+def _check_bits(contents: _Contents, counted: float) -> None:
+    config, file = contents.config, contents.out / "config.json"
+    if abs(counted - config.stored_bits) > BITS_TOLERANCE:
+        raise CheckpointError(
+            f"{file}: stored_bits says {config.stored_bits}, the files hold {counted:.6f}"
+        )
+    if config.asked_bits is not None and counted > config.asked_bits + BITS_TOLERANCE:
+        raise CheckpointError(
+            f"{file}: {counted:.6f} bits per weight are stored, {config.asked_bits} were asked for"
+        )
+
+
+def _check_auxiliary(out: Path) -> None:
+    """Every JSON file parses; a tokenizer's settings do not lie there without its vocabulary."""
+    for path in sorted(out.glob("*.json")):
+        read_json(path)
+    if (out / "tokenizer_config.json").exists() and not _has_vocabulary(out):
+        raise CheckpointError(
+            f"{out / 'tokenizer_config.json'}: the tokenizer's vocabulary is missing"
+        )
+
+
+def _has_vocabulary(out: Path) -> bool:
+    patterns = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+    return any(next(out.glob(pattern), None) for pattern in patterns)
+
+
+def _warnings(contents: _Contents) -> Iterator[str]:
+    if not _has_vocabulary(contents.out):
+        yield f"{contents.out}: no tokenizer"
+    for path in sorted(contents.out.glob("*.safetensors")):
+        if path not in contents.files:
+            yield f"{path}: not part of the checkpoint"
+
+
+def _field(data: Mapping[str, Any], name: str, kinds: tuple[type, ...], path: Path) -> Any:
+    """data[name] if it is there and of exactly one of `kinds` (so that true is no number)."""
+    value = data.get(name)
+    if type(value) not in kinds:
+        raise CheckpointError(f"{path}: {name} is {value!r:.60}, not a valid {kinds[0].__name__}")
+    return value
+
+
+def _bits(data: Mapping[str, Any], name: str, path: Path) -> float:
+    value = _field(data, name, (float, int), path)
+    if not 0 < value < 64:
+        raise CheckpointError(f"{path}: {name} is {value!r:.60}; no weight takes that many bits")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class _Config:
+    """quantization_config, checked. biased: layers with a bias tensor beside the packed weight.
+
+    checksums: by tensor name; at least every packed tensor has one.
+    """
+
+    method: str
+    asked_bits: float | None
+    stored_bits: float
+    layouts: dict[str, WeightLayout]
+    biased: frozenset[str]
+    checksums: dict[str, str]
+
+
+def _read_config(out: Path) -> _Config:
+    path = out / "config.json"
+    data = read_json(path).get("quantization_config")
+    if not isinstance(data, dict) or data.get("quant_method") != "pbq":
+        raise CheckpointError(f"{path}: not a pbq checkpoint")
+    version = _field(data, "format", (int,), path)
+    if not 1 <= version <= FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format {version!r:.20}; this pbq reads 1 to {FORMAT_VERSION}, try a newer one"
+        )
+    layers = _field(data, "layers", (dict,), path)
+    if not layers:
+        raise CheckpointError(f"{path}: no quantized layers")
+    return _Config(
+        method=_field(data, "method", (str,), path),
+        asked_bits=None if data.get("bits") is None else _bits(data, "bits", path),
+        stored_bits=_bits(data, "stored_bits", path),
+        layouts={name: _layout(name, entry, path) for name, entry in layers.items()},
+        biased=frozenset(name for name, entry in layers.items() if entry.get("bias")),
+        checksums=_checksums(data, path),
+    )
+
+
+def _layout(name: str, entry: Any, path: Path) -> WeightLayout:
+    if not isinstance(entry, dict) or type(entry.get("bias", False)) is not bool:
+        raise CheckpointError(f"{path}: {name}: not a valid layer description")
+    with reading(path):
+        try:
+            return WeightLayout.from_dict({k: v for k, v in entry.items() if k != "bias"})
+        except PackedFormatError as error:
+            raise CheckpointError(f"{path}: {name}: {error}") from error
+
+
+def _checksums(data: Mapping[str, Any], path: Path) -> dict[str, str]:
+    table = _field(data, "checksums", (dict,), path)
+    for name, value in table.items():
+        if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{16}", value):
+            raise CheckpointError(f"{path}: {name}: {value!r:.60} is not a checksum")
+    return table
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One tensor as its file's header describes it. nbytes: from the header's offsets."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """A checkpoint's config and headers, cross-checked. Tensor data is read only by `read`."""
+
+    out: Path
+    config: _Config
+    files: dict[Path, Any]
+    stored: dict[str, _Stored]
+
+    @classmethod
+    def open(cls, out: Path) -> _Contents:
+        config = _read_config(out)
+        index = _read_index(out)
+        names = [SINGLE_FILE] if index is None else sorted(set(index.values()))
+        files: dict[Path, Any] = {}
+        stored: dict[str, _Stored] = {}
+        for path in (out / name for name in names):
+            files[path] = _open(path)
+            for name, tensor in _read_header(path).items():
+                if name in stored:
+                    raise CheckpointError(f"{path}: {name} is in {stored[name].file.name} too")
+                stored[name] = tensor
+        _check_index(out / INDEX_FILE, index, stored)
+        contents = cls(out, config, files, stored)
+        for name in config.layouts:
+            contents._check_layer(name)
+        return contents
+
+    def packed_names(self) -> set[str]:
+        layouts = self.config.layouts.items()
+        return {f"{name}.{key}" for name, layout in layouts for key in layout.tensors()}
+
+    def _check_layer(self, name: str) -> None:
+        """The headers agree with the layout, before a byte of data is read."""
+        layout = self.config.layouts[name]
+        for key, spec in layout.tensors().items():
+            self._check_tensor(f"{name}.{key}", _DTYPES[spec.dtype], spec.shape)
+            if self.stored[f"{name}.{key}"].nbytes != spec.nbytes:
+                raise CheckpointError(f"{name}.{key}: takes another number of bytes than its shape")
+            if f"{name}.{key}" not in self.config.checksums:
+                raise CheckpointError(f"{name}.{key}: no checksum")
+        if name in self.config.biased:
+            self._check_tensor(f"{name}.bias", None, (layout.n,))
+
+    def _check_tensor(self, name: str, dtype: str | None, shape: tuple[int, ...]) -> None:
+        if name not in self.stored:
+            raise CheckpointError(f"{name}: missing")
+        stored = self.stored[name]
+        if stored.shape != shape or dtype not in (None, stored.dtype):
+            raise CheckpointError(
+                f"{name}: {stored.dtype} {list(stored.shape)}, "
+                f"the layout says {dtype or 'a bias of'} {list(shape)}"
+            )
+
+    def refuse_leftovers(self) -> None:
+        """Raise for tensors of the packed kind that no layer of the config accounts for."""
+        known = self.packed_names() | {f"{name}.bias" for name in self.config.biased}
+        for name in sorted(self.stored.keys() - known):
+            module, _, key = name.rpartition(".")
+            codes = key == "weight" and self.stored[name].dtype == "U8"
+            if module in self.config.layouts or codes or key in _PACKED_SUFFIXES:
+                raise CheckpointError(f"{name}: packed data that no layer of config.json lists")
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, its bytes compared with its checksum where its name has one."""
+        path = self.stored[name].file
+        with reading(path):
+            tensor = self.files[path].get_tensor(name)
+        expected = self.config.checksums.get(name)
+        if expected is not None and checksum(tensor) != expected:
+            raise CheckpointError(f"{name}: damaged in {path}: its checksum differs")
+        return tensor
+
+    def read_packed(self, name: str) -> PackedWeight:
+        layout = self.config.layouts[name]
+        tensors = {key: self.read(f"{name}.{key}") for key in layout.tensors()}
+        try:
+            check_tensors(layout, tensors, name, values=True)
+        except PackedFormatError as error:
+            raise CheckpointError(str(error)) from error
+        return PackedWeight(layout, tensors)
+
+
+def _read_index(out: Path) -> dict[str, str] | None:
+    """{tensor: file name} of a sharded checkpoint, None for a single file. File names are plain."""
+    path = out / INDEX_FILE
+    if not path.exists():
+        return None
+    if (out / SINGLE_FILE).exists():
+        raise CheckpointError(
+            f"{path}: lies beside {SINGLE_FILE}, which loaders prefer; remove one"
+        )
+    files = _field(read_json(path), "weight_map", (dict,), path)
+    for tensor, file in files.items():
+        if not isinstance(file, str) or not _PLAIN_FILE.fullmatch(file):
+            raise CheckpointError(
+                f"{path}: {tensor} is in {file!r:.80}, not a plain .safetensors name"
+            )
+    if not files:
+        raise CheckpointError(f"{path}: lists no tensors")
+    return files
+
+
+def _check_index(
+    path: Path, index: Mapping[str, str] | None, stored: Mapping[str, _Stored]
+) -> None:
+    if index is None:
+        return
+    for name in sorted(index.keys() | stored.keys()):
+        place = stored[name].file.name if name in stored else "no file"
+        if index.get(name) != place:
+            raise CheckpointError(f"{path}: {name} is in {place}, the index says {index.get(name)}")
+
+
+def _open(path: Path) -> Any:
+    with reading(path):
+        if not path.is_file():
+            raise FileNotFoundError(path)
+        file = safe_open(path, framework="pt")
+    if (file.metadata() or {}).get("format") != "pt":
+        raise CheckpointError(f"{path}: its metadata does not say format 'pt'")
+    return file
+
+
+def _read_header(path: Path) -> dict[str, _Stored]:
+    """Tensors of one file by the offsets in its header, which `safe_open` has validated before."""
+    with reading(path), open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        return {
+            name: _Stored(
+                path,
+                entry["dtype"],
+                tuple(entry["shape"]),
+                entry["data_offsets"][1] - entry["data_offsets"][0],
+            )
+            for name, entry in header.items()
+        }
+
+
+_WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|ggml|npz|npy|ot|tflite|pkl"
+    r"|pickle|joblib|mlmodel|index\.json)",
+    re.IGNORECASE,
+)
+# The source's config and card describe the unquantized model; an adapter would be applied to OUT.
+_NOT_TRUE_OF_OUT = {"config.json", "adapter_config.json", "README.md"}
+_SUBFOLDERS = ("additional_chat_templates",)
+
+
+def copy_auxiliary(
+    source_dir: Path | str, out: Path | str, *, trust_remote_code: bool = False
+) -> list[str]:
+    """Copy every file of the source that is neither weights nor already in `out`; return the names.
+
+    Tokenizer, chat templates, generation config, licence. Never weights, their indices or pickles;
+    Python files only with `trust_remote_code`. Raises ResourceError when the disk refuses.
+    """
+    source_dir, out = Path(source_dir), Path(out)
+    copied = []
+    for source in _files(source_dir):
+        name = source.relative_to(source_dir)
+        if _is_auxiliary(source, trust_remote_code) and not (out / name).exists():
+            with writing(out / name, source.stat().st_size):
+                (out / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(source, out / name)
+            copied.append(str(name))
+    return copied
+
+
+def _files(source_dir: Path) -> Iterator[Path]:
+    for folder in (source_dir, *(source_dir / name for name in _SUBFOLDERS)):
+        if folder.is_dir():
+            # hub snapshots are symlinks into a blob store: is_file follows them
+            yield from sorted(p for p in folder.iterdir() if p.is_file())
+
+
+def _is_auxiliary(path: Path, trust_remote_code: bool) -> bool:
+    name = path.name
+    if name.startswith(".") or name in _NOT_TRUE_OF_OUT or _WEIGHTS.fullmatch(name):
+        return False
+    return trust_remote_code or path.suffix != ".py"
