@@ -1,0 +1,290 @@
+"""The transformers plug-in: from_pretrained builds PackedLinears, save_pretrained writes them back.
+
+A checkpoint describes itself in config.json:
+
+    "quantization_config": {"quant_method": "pbq", "format": 1, "method": ..., "bits": asked,
+        "stored_bits": true, "layers": {module name: layout, "bias": true where there is one},
+        "checksums": {tensor name: 16 hex digits of sha256}, "provenance": {...}}
+
+The checksums stand here and not in the safetensors header because safetensors writes a header of
+two or more entries in random order: the same model would not be the same file twice.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from pbq.disk import CheckpointError, checksum
+from pbq.errors import ModelError
+from pbq.linear import PackedLinear
+from pbq_kernels import FORMAT_VERSION, PackedFormatError, PackedWeight, WeightLayout
+
+QUANT_METHOD = "pbq"
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """What config.json says of one module: the layout of its weight, and whether it has a bias."""
+
+    layout: WeightLayout
+    bias: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.layout.to_dict(), **({"bias": True} if self.bias else {})}
+
+    @classmethod
+    def from_dict(cls, name: str, data: Any) -> PackedLayer:
+        """Raises CheckpointError, naming the layer, on anything the format does not allow."""
+        if not isinstance(data, Mapping):
+            raise CheckpointError(f"{name}: not a description of a layer: {data!r:.80}")
+        bias = data.get("bias", False)
+        if not isinstance(bias, bool):
+            raise CheckpointError(f"{name}: bias is {bias!r:.80}, not true or false")
+        try:
+            rest = {key: value for key, value in data.items() if key != "bias"}
+            return cls(WeightLayout.from_dict(rest), bias)
+        except PackedFormatError as error:
+            raise CheckpointError(f"{name}: {error}") from None
+
+
+class PbqConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed checkpoint.
+
+    method, bits: what was asked for. layers: by module name. checksums: by tensor name.
+    provenance: whatever tells how the model was made (source, calibration, perplexities ...).
+    """
+
+    def __init__(
+        self,
+        method: str = "",
+        bits: float | None = None,
+        layers: Mapping[str, Any] | None = None,
+        checksums: Mapping[str, str] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        format: int = FORMAT_VERSION,
+        **others: Any,
+    ) -> None:
+        _check_format(format)
+        # stored_bits is computed, never believed
+        unknown = others.keys() - {"quant_method", "stored_bits"}
+        if unknown:
+            names = ", ".join(sorted(map(str, unknown)))
+            warnings.warn(
+                f"pbq: unknown keys in quantization_config ignored: {names}", stacklevel=2
+            )
+        self.quant_method = QUANT_METHOD
+        self.method, self.bits = method, bits
+        self.layers = {
+            name: layer if isinstance(layer, PackedLayer) else PackedLayer.from_dict(name, layer)
+            for name, layer in _mapping("layers", layers).items()
+        }
+        self.checksums = _mapping("checksums", checksums)
+        self.provenance = _mapping("provenance", provenance)
+
+    @property
+    def stored_bits(self) -> float | None:
+        """Bits on the disk per quantized weight, over all layers; None while there are none."""
+        layouts = [layer.layout for layer in self.layers.values()]
+        weights = sum(layout.n * layout.k for layout in layouts)
+        return sum(layout.stored_bits for layout in layouts) / weights if weights else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "quant_method": QUANT_METHOD,
+            "format": FORMAT_VERSION,
+            "method": self.method,
+            "bits": self.bits,
+            "stored_bits": self.stored_bits,
+            "layers": {name: layer.to_dict() for name, layer in self.layers.items()},
+            "checksums": dict(self.checksums),
+            "provenance": dict(self.provenance),
+        }
+
+
+def _check_format(version: Any) -> None:
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"quantization_config: format {version!r:.80} is not a version")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"this checkpoint has pbq format {version}, the installed pbq reads up to "
+            f"{FORMAT_VERSION}: upgrade with `pip install -U pbq`"
+        )
+
+
+def _mapping(key: str, value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise CheckpointError(f"quantization_config: {key!r} is not an object")
+    return dict(value or {})
+
+
+def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
+    """The packed modules of a model, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            yield name, module
+
+
+def checksums(model: PreTrainedModel) -> dict[str, str]:
+    """Checksum of every tensor that save_pretrained will write, by its name in the state dict.
+
+    Offloaded tensors are left out, and three-dimensional ones: experts are saved one by one.
+    """
+    unsaved = model._keys_to_ignore_on_save or set()
+    return {
+        name: checksum(tensor)
+        for name, tensor in model.state_dict().items()
+        if name not in unsaved and not tensor.is_meta and tensor.ndim < 3
+    }
+
+
+# --- from a model in RAM to a model that saves itself packed ------------------------------------
+
+
+def install(
+    model: PreTrainedModel,
+    packed: Mapping[str, tuple[PackedWeight, Tensor | None]],
+    config: PbqConfig,
+) -> PreTrainedModel:
+    """Put a PackedLinear in the place of each named module; `save_pretrained` then writes them.
+
+    packed: weight and bias [n] by module name. `config` says what was asked for and where the model
+    comes from; its layers are filled in here, its checksums when saving. Raises CheckpointError.
+    """
+    for name, (pw, bias) in packed.items():
+        layer = PackedLayer(pw.layout, bias is not None)
+        _check_place(model, name, layer)
+        model.set_submodule(name, PackedLinear.from_packed(pw, bias))
+        config.layers[name] = layer
+    quantizer = PbqQuantizer(config, pre_quantized=True)
+    model.config.quantization_config = config
+    model.hf_quantizer = quantizer
+    model.quantization_method = QUANT_METHOD
+    model.is_quantized = True
+    return model
+
+
+def _check_place(model: nn.Module, name: str, layer: PackedLayer) -> Tensor:
+    """The weight of the linear that `layer` is to replace. Raises CheckpointError."""
+    owner = type(model).__name__
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise CheckpointError(f"{name}: {owner} has no such module") from None
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        raise CheckpointError(f"{name}: a {type(module).__name__} of {owner}, not a linear layer")
+    n, k = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
+    if (n, k) != (layer.layout.n, layer.layout.k):
+        raise CheckpointError(
+            f"{name}: {n}x{k} in {owner}, {layer.layout.n}x{layer.layout.k} in the packed weight"
+        )
+    if module.bias is not None and not layer.bias:
+        raise CheckpointError(f"{name}: has a bias in {owner}, none beside the packed weight")
+    return module.weight
+
+
+class PbqQuantizer(HfQuantizer):
+    """Builds PackedLinears on the meta device; transformers then loads their buffers unchanged."""
+
+    # from_pretrained(dense model, quantization_config=PbqConfig(...)) is refused with a clear error
+    requires_calibration = True
+    quantization_config: PbqConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for name, layer in self.quantization_config.layers.items():
+            dtype = _check_place(model, name, layer).dtype
+            with torch.device("meta"):
+                linear = PackedLinear(layer.layout, layer.bias, dtype)
+            model.set_submodule(name, linear)
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        """Refuse tensors that are missing from the files, damaged, or outside the format."""
+        for name, linear in packed_linears(model):
+            if linear.weight.is_meta:  # offloaded: read, and checked, whenever it runs
+                continue
+            for key, tensor in linear.packed().tensors.items():
+                self._check_loaded(f"{name}.{key}", tensor)
+            try:
+                linear.check(name)
+            except PackedFormatError as error:
+                raise CheckpointError(str(error)) from None
+        return model
+
+    def _check_loaded(self, name: str, tensor: Tensor) -> None:
+        # transformers only warns of a missing tensor and leaves it uninitialized: caught here too
+        found, expected = checksum(tensor), self.quantization_config.checksums.get(name)
+        if expected is None:
+            raise CheckpointError(f"{name}: config.json has no checksum for it; copy it again")
+        if found != expected:
+            raise CheckpointError(
+                f"{name}: missing from the files, or damaged (checksum {found}, config.json says "
+                f"{expected}); copy the checkpoint again"
+            )
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """save_pretrained asks this first, before it writes config.json."""
+        offloaded = {
+            f"{name}.{key}"
+            for name, linear in packed_linears(model)
+            for key, tensor in linear.packed().tensors.items()
+            if tensor.is_meta
+        }
+        kept = {n: s for n, s in self.quantization_config.checksums.items() if n in offloaded}
+        self.quantization_config.checksums = {**kept, **checksums(model)}
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def _dequantize(
+        self, model: PreTrainedModel, dtype: torch.dtype | str | None = None
+    ) -> PreTrainedModel:
+        # config.dtype is a string once the model has been saved
+        resolved = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        for name, linear in list(packed_linears(model)):
+            model.set_submodule(name, _dense(linear, resolved))
+        return model
+
+
+def _dense(linear: PackedLinear, dtype: torch.dtype) -> nn.Linear:
+    with torch.device("meta"):
+        dense = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
+    dense.weight = nn.Parameter(linear.dequantize(dtype), requires_grad=False)
+    if linear.bias is not None:
+        dense.bias = nn.Parameter(linear.bias.to(dtype), requires_grad=False)
+    return dense
+
+
+def load(path: str, **kwargs: Any) -> PreTrainedModel:
+    """AutoModelForCausalLM.from_pretrained(path, **kwargs), for a checkpoint that pbq packed."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=kwargs.get("trust_remote_code"))
+    found = getattr(config, "quantization_config", None) or {}
+    if found.get("quant_method") != QUANT_METHOD:
+        raise ModelError(f"{path}: not a checkpoint that pbq packed")
+    return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+
+
+def register() -> None:
+    """Make transformers know pbq. A second registration, which it refuses, is not tried."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(PbqConfig)
+        register_quantizer(QUANT_METHOD)(PbqQuantizer)
+
+
+register()

@@ -1,0 +1,476 @@
+"""Hugging Face causal LMs, generically: load one, find its decoder blocks and linears, run a block.
+
+Nothing here knows an architecture by name. Blocks are found by what the model says must not be
+split, the calling convention of each block by recording it, shared inputs by looking.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+import pbq.hf  # packed models load too
+from pbq.errors import ModelError, PbqError, ResourceError, UsageError
+from pbq.sources import Source, resolve_source
+
+log = logging.getLogger(__name__)
+
+Linear: TypeAlias = nn.Linear | Conv1D
+
+
+# --- loading ---------------------------------------------------------------------------------
+
+
+def load_model(
+    source: str | Source,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+    *,
+    packed: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model in eval mode and tokenizer of a hub id, a local directory or a .gguf file.
+
+    packed: accept a checkpoint that pbq packed; any other quantized one is refused. Raises
+    ModelError, DataError when the hub cannot be reached, ResourceError when memory runs out.
+    """
+    if isinstance(source, str):
+        source = resolve_source(source)
+    config = _load_config(source, trust_remote_code)
+    _check_unquantized(source, config, packed)
+    _check_causal(source, config)
+    model = _load_weights(source, dtype, device, trust_remote_code)
+    return model, _load_tokenizer(source, trust_remote_code)
+
+
+def compute_dtype(source: Source, device: torch.device) -> torch.dtype:
+    """The checkpoint's own dtype; bfloat16 for GGUF, and for float16 on a CPU, which has no
+    fast float16 matmul. Raises ModelError."""
+    if source.gguf:
+        return torch.bfloat16
+    own = getattr(_load_config(source, False), "dtype", None) or torch.bfloat16
+    own = getattr(torch, own) if isinstance(own, str) else own
+    return torch.bfloat16 if own == torch.float16 and device.type == "cpu" else own
+
+
+@contextmanager
+def _refusing(source: Source, what: str) -> Iterator[None]:
+    """Turn whatever transformers raises into one line that names the source."""
+    try:
+        yield
+    except PbqError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ResourceError(f"{source.name}: not enough memory to load the model") from error
+    # transformers, tokenizers, safetensors and json each raise their own; none is swallowed
+    except Exception as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"{source.name}: {what}: {said:.300}") from error
+
+
+def _load_config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
+    with _refusing(source, "unreadable config"):
+        return AutoConfig.from_pretrained(
+            source.path, trust_remote_code=trust_remote_code, **source.file_argument
+        )
+
+
+def _check_unquantized(source: Source, config: PreTrainedConfig, packed: bool) -> None:
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return
+    method = found.get("quant_method") if isinstance(found, Mapping) else found.quant_method
+    if method == pbq.hf.QUANT_METHOD and packed:
+        return
+    way_out = (
+        "give the model it was made from" if method == "pbq" else "give the unquantized checkpoint"
+    )
+    raise ModelError(f"{source.name}: already quantized with {method}; {way_out}")
+
+
+def _check_causal(source: Source, config: PreTrainedConfig) -> None:
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    names = config.architectures or []
+    other = names and not any("CausalLM" in name or "LMHead" in name for name in names)
+    if other or config.is_encoder_decoder or not (known or remote):
+        raise ModelError(
+            f"{source.name}: {', '.join(names) or config.model_type} is not a causal language model"
+        )
+
+
+def _load_weights(
+    source: Source, dtype: torch.dtype, device: torch.device | str, trust_remote_code: bool
+) -> PreTrainedModel:
+    with _refusing(source, "cannot be loaded"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            dtype=dtype,
+            device_map={"": torch.device(device)},
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **source.loading_arguments(),
+        )
+    if info["missing_keys"]:
+        first, count = min(info["missing_keys"]), len(info["missing_keys"])
+        raise ModelError(f"{source.name}: {count} tensors are missing from its files, as {first}")
+    if info["unexpected_keys"]:
+        log.info("%s: tensors not used: %s", source.name, sorted(info["unexpected_keys"]))
+    return model.eval()
+
+
+def _load_tokenizer(source: Source, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    with _refusing(source, "no usable tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.path, trust_remote_code=trust_remote_code, **source.file_argument
+        )
+        if not tokenizer("a").input_ids:
+            raise ModelError(f"{source.name}: no tokenizer beside the model")
+    return tokenizer
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; auto is CUDA where there is one. Raises UsageError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    # torch raises an AssertionError where it was built without the device
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).splitlines()[0]
+        raise UsageError(f"device {name!r} cannot be used: {said:.120}") from error
+    return device
+
+
+# --- blocks and linears ------------------------------------------------------------------------
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder blocks: the modules that transformers will not split.
+
+    The heaviest where several lists qualify, or none. Raises ModelError when there is no list.
+    """
+    unsplit = set(model._no_split_modules or [])
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        raise ModelError(f"{type(model).__name__}: no list of decoder blocks found")
+    marked = [(n, m) for n, m in lists if all(type(block).__name__ in unsplit for block in m)]
+    return max(marked or lists, key=lambda named: sum(p.numel() for p in named[1].parameters()))
+
+
+def find_linears(block: nn.Module) -> dict[str, Linear]:
+    """Every nn.Linear and Conv1D inside, by its name in the block."""
+    return {n: m for n, m in block.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+
+
+def weight_of(linear: Linear) -> Tensor:
+    """The weight as [n, k], a view: a Conv1D holds it transposed."""
+    weight = linear.weight.detach()
+    return weight.T if isinstance(linear, Conv1D) else weight
+
+
+@torch.no_grad()
+def set_weight(linear: Linear, W: Tensor) -> None:
+    """Write W [n, k] into the linear, in its own dtype."""
+    weight_of(linear).copy_(W)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of the decoder blocks is in linears. skipped: reason by parameter name."""
+
+    quantized: int
+    total: int
+    skipped: Mapping[str, str]
+
+    @property
+    def share(self) -> float:
+        return self.quantized / self.total
+
+
+def coverage(model: PreTrainedModel) -> Coverage:
+    """Count the weights (two dimensions and more) of the decoder blocks. transformers 5 fuses the
+    experts of a MoE into 3-D parameters: these are no linears and appear among the skipped."""
+    name, blocks = find_blocks(model)
+    linears = {id(linear.weight) for linear in find_linears(blocks).values()}
+    weights = [(f"{name}.{n}", p) for n, p in blocks.named_parameters() if p.ndim >= 2]
+    skipped = {n: _why_skipped(model, n, p) for n, p in weights if id(p) not in linears}
+    quantized = sum(p.numel() for _, p in weights if id(p) in linears)
+    return Coverage(quantized, sum(p.numel() for _, p in weights), skipped)
+
+
+def _why_skipped(model: nn.Module, name: str, parameter: Tensor) -> str:
+    owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+    shape = "x".join(map(str, parameter.shape))
+    kind = "fused experts" if parameter.ndim == 3 else "not a linear layer"
+    return f"{kind}, {shape} in {owner}"
+
+
+def check_coverage(model: PreTrainedModel, least: float = 0.9) -> Coverage:
+    """The coverage; raises ModelError with the figure when its share is below `least`."""
+    found = coverage(model)
+    if found.share < least:
+        name, reason = next(iter(found.skipped.items()))
+        raise ModelError(
+            f"{type(model).__name__}: only {found.share:.1%} of the block weights are in linear "
+            f"layers, {least:.0%} are asked for; {len(found.skipped)} tensors would stay as they "
+            f"are, as {name} ({reason})"
+        )
+    return found
+
+
+# --- running one block -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the model passes to one block beside the hidden states [batch, L, d]."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    batch: int
+
+    def first(self, rows: int) -> Call:
+        """The call for the first `rows` sequences of the batch.
+
+        A tensor is cut when its first axis is the batch, or the batch times the heads (alibi).
+        """
+        if rows >= self.batch:
+            return self
+
+        def cut(tensor: Tensor) -> Tensor:
+            per_row, rest = divmod(len(tensor), self.batch) if tensor.ndim >= 2 else (0, 1)
+            whole = rest == 0 and (per_row == 1 or tensor.ndim == 3)
+            return tensor[: rows * per_row] if whole else tensor
+
+        return replace(self.with_tensors(cut), batch=rows)
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Call:
+        """The call with every tensor in its arguments changed."""
+        args, kwargs = _map_tensors(change, (self.args, dict(self.kwargs)))
+        return Call(args, kwargs, self.batch)
+
+
+@dataclass
+class Recording:
+    """hidden: what enters the first block, per batch. calls[block][batch]: the rest, equal ones
+    stored once, so that without padding `calls[block][0]` serves every batch of the same shape."""
+
+    hidden: list[Tensor] = field(default_factory=list)
+    calls: list[list[Call]] = field(default_factory=list)
+
+
+def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """hidden [b, L, d] -> the block's output [b, L, d], be it returned bare or in a tuple.
+
+    b may be smaller than the batch the call was recorded with: its first rows are used.
+    """
+    call = call.first(len(hidden))
+    out = block(hidden, *call.args, **call.kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+@torch.no_grad()
+def record_calls(
+    model: PreTrainedModel, blocks: nn.ModuleList, batches: Iterable[Tensor]
+) -> Recording:
+    """Every block's own arguments for every batch of token ids [b, L]; no block is run.
+
+    Stubs that pass the hidden states through stand in for the blocks, which may be on meta. One
+    block's arguments do not do for the others: masks and rope differ between the layers of gemma
+    or of sliding-window models. Raises ModelError when the model does not take such stubs.
+    """
+    recording = Recording(calls=[[] for _ in blocks])
+    real = list(blocks)
+    conventions: list[Callable[[Tensor], Any]] = [_bare, _in_tuple]
+    try:
+        for ids in batches:
+            hidden, calls, fitting = _pass_through_any(model, blocks, real, ids, conventions)
+            conventions = [fitting]
+            recording.hidden.append(hidden)
+            _append_calls(recording.calls, calls)
+    finally:
+        for i, block in enumerate(real):
+            blocks[i] = block
+    return recording
+
+
+def _bare(hidden: Tensor) -> Any:
+    return hidden
+
+
+def _in_tuple(hidden: Tensor) -> Any:
+    return (hidden,)
+
+
+class _Done(Exception):
+    """The last stub has been called."""
+
+
+class _Misfit(Exception):
+    """The model does not take what the stubs return."""
+
+
+def _pass_through_any(
+    model: PreTrainedModel,
+    blocks: nn.ModuleList,
+    real: Sequence[nn.Module],
+    ids: Tensor,
+    conventions: Sequence[Callable[[Tensor], Any]],
+) -> tuple[Tensor, list[Call], Callable[[Tensor], Any]]:
+    """First input, calls, and the first of the conventions that fits. Raises ModelError."""
+    misfit: _Misfit | None = None
+    for returns in conventions:
+        try:
+            return *_pass_through(model, blocks, real, ids, returns), returns
+        except _Misfit as error:
+            misfit = error
+    raise ModelError(
+        f"{type(model).__name__}: its decoder blocks do not hand hidden states on in order, so "
+        "pbq cannot run them one by one"
+    ) from misfit
+
+
+def _pass_through(
+    model: PreTrainedModel,
+    blocks: nn.ModuleList,
+    real: Sequence[nn.Module],
+    ids: Tensor,
+    returns: Callable[[Tensor], Any],
+) -> tuple[Tensor, list[Call]]:
+    """The first block's input and every block's call. Raises _Misfit or ModelError."""
+    calls: list[Call] = []
+    entered: list[Tensor] = []
+
+    def take(hidden: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        entered.append(hidden)
+        if hidden is not entered[0] or not isinstance(hidden, Tensor):
+            raise _Misfit
+        calls.append(Call(args, kwargs, len(hidden)))
+        if len(calls) == len(real):
+            raise _Done
+        return returns(hidden)
+
+    for i, block in enumerate(real):
+        blocks[i] = _Stub(block, take)
+    try:
+        model(ids, use_cache=False)
+    except _Done:
+        return entered[0], calls
+    except (ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
+        if not entered:
+            raise ModelError(f"{type(model).__name__}: its forward fails: {error}") from error
+        # a model that unpacks what a block returns fails in its own way between two stubs
+        raise _Misfit from error
+    raise ModelError(f"{type(model).__name__}: its forward does not run all of its blocks")
+
+
+class _Stub(nn.Module):
+    """Stands in for a block: hands its arguments to `take`; other attributes are the block's."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        take: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any],
+    ) -> None:
+        super().__init__()
+        # past nn.Module.__setattr__: the block must not become a submodule and move with the model
+        self.__dict__.update(block=block, take=take)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            return self.__dict__["take"](args[0], args[1:], kwargs)
+        return self.__dict__["take"](kwargs.pop("hidden_states", None), (), kwargs)
+
+
+def _append_calls(recorded: list[list[Call]], calls: Sequence[Call]) -> None:
+    """Append one call to every block's list; tensors equal to the last batch's are taken from it.
+
+    64 batches of masks and rope tables would otherwise outweigh a small model.
+    """
+    known: dict[int, Tensor] = {}
+    for block_calls, call in zip(recorded, calls, strict=True):
+        if block_calls:
+            for new, old in zip(_tensors(call), _tensors(block_calls[-1]), strict=False):
+                if id(new) not in known and _equal(new, old):
+                    known[id(new)] = old
+            call = call.with_tensors(lambda tensor: known.get(id(tensor), tensor))
+        block_calls.append(call)
+
+
+def _tensors(call: Call) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    call.with_tensors(note)
+    return found
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with every tensor in its tuples, lists and dicts changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)(_map_tensors(change, item) for item in value)
+    if type(value) is dict:
+        return {key: _map_tensors(change, item) for key, item in value.items()}
+    return value
+
+
+@torch.no_grad()
+def shared_inputs(
+    block: nn.Module, hidden: Tensor, call: Call, linears: Mapping[str, nn.Module] | None = None
+) -> list[tuple[str, ...]]:
+    """Names of the block's linears grouped by their input, in the order in which they run.
+
+    Found by running the block on `hidden` [b, L, d] (its first row): q, k and v see one and the
+    same tensor, whatever they are called. Raises ModelError for a linear that does not run.
+    """
+    linears = find_linears(block) if linears is None else linears
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    alive: list[Tensor] = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            alive.append(x)  # else the address could be given to the next input
+            groups.setdefault((x.data_ptr(), x.shape, x.stride(), x._version), []).append(name)
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(note(name)) for name, m in linears.items()]
+    try:
+        run_block(block, hidden[:1], call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    idle = linears.keys() - {name for group in groups.values() for name in group}
+    if idle:
+        raise ModelError(f"{type(block).__name__}: {min(idle)} does not take part in the forward")
+    return [tuple(dict.fromkeys(group)) for group in groups.values()]
