@@ -75,7 +75,7 @@ class Work:
             with writing(work.path):
                 work._refuse_foreign()
                 work._recover()
-                _check_target(out, overwrite)
+                check_target(out, overwrite)
                 work._claim(dict(fingerprint), fresh)
         except BaseException:
             work._leave_nothing_new()
@@ -245,7 +245,7 @@ class Work:
 
     def _commit(self, staging: Path) -> None:
         """Two renames when something is replaced; `_recover` covers a kill after the first."""
-        _check_target(self.out, self._overwrite)
+        check_target(self.out, self._overwrite)
         aside = self.path / _REPLACED
         if self.out.exists():
             os.rename(self.out, aside)
@@ -314,7 +314,7 @@ def _take(descriptor: int, path: Path) -> None:
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
+def check_target(out: Path, overwrite: bool) -> None:
     """Raise UsageError unless `out` is absent, empty, or a pbq checkpoint that may be replaced."""
     if not out.exists():
         return

@@ -1,0 +1,297 @@
+"""The `pbq` command. torch and transformers are imported inside the commands, so --help is instant."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from pbq.console import Console, run_guarded
+
+if TYPE_CHECKING:
+    from pbq.config import QuantConfig
+
+app = typer.Typer(
+    help="Binarize LLMs after training: about 1.6 true bits per weight, measured on the disk.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with: pbq quantize MODEL OUT --bits 1.61",
+)
+
+Model = Annotated[str, typer.Argument(help="hub id, local directory, or .gguf file")]
+Packed = Annotated[Path, typer.Argument(help="directory that pbq quantize wrote")]
+Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, cuda:1 …")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only errors")]
+Trust = Annotated[bool, typer.Option(help="run code that comes with the model")]
+
+Method = Annotated[str, typer.Option(help="auto, or a file of pbq/methods")]
+Bits = Annotated[float, typer.Option(help="stored bits per weight, masks and scales included")]
+Effort = Annotated[str, typer.Option(help="fast | default | best")]
+Calib = Annotated[
+    str, typer.Option(help="text or jsonl file, datasets id name[:config[:split]], or self")
+]
+NSamples = Annotated[int, typer.Option(help="calibration segments")]
+SeqLen = Annotated[int, typer.Option(help="tokens in a segment")]
+GroupSize = Annotated[int, typer.Option(help="columns per group of scales, -1: the row")]
+Criterion = Annotated[
+    str, typer.Option(help="salient channels by: damage | absmax (paper's code) | mean-abs")
+]
+Faithful = Annotated[bool, typer.Option(help="the paper's own recipe, whatever bits it stores")]
+Percdamp = Annotated[float, typer.Option(help="damping of H, share of its mean diagonal")]
+Seed = Annotated[int, typer.Option(help="sampling, shuffling, held-out rows")]
+
+
+def _config(**options: Any) -> QuantConfig:
+    from pbq.config import QuantConfig
+
+    if options["method"] == "auto":
+        options["method"] = "ptq161"
+    return QuantConfig(**options)
+
+
+@app.command(
+    epilog="Example: pbq quantize HuggingFaceTB/SmolLM2-135M-Instruct out --bits 1.61 "
+    "--calib wiki.txt --ppl heldout.txt"
+)
+def quantize(
+    model: Model,
+    out: Annotated[Optional[Path], typer.Argument(help="default: ./NAME-pbq-BITS")] = None,  # noqa: UP045
+    bits: Bits = 1.61,
+    method: Method = "auto",
+    effort: Effort = "default",
+    calib: Calib = "self",
+    nsamples: NSamples = 64,
+    seqlen: SeqLen = 1024,
+    group_size: GroupSize = -1,
+    criterion: Criterion = "damage",
+    faithful: Faithful = False,
+    percdamp: Percdamp = 0.01,
+    seed: Seed = 0,
+    ppl: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="text file: perplexity before and after, into the model card"),
+    ] = None,
+    windows: Annotated[int, typer.Option(help="windows of 2048 tokens for --ppl")] = 40,
+    device: Device = "auto",
+    overwrite: Annotated[bool, typer.Option(help="replace OUT, at the very end")] = False,
+    fresh: Annotated[
+        bool, typer.Option(help="discard an unfinished run instead of resuming")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="only say what would be stored (= pbq plan)")
+    ] = False,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize MODEL into OUT; an interrupted run resumes with the same command."""
+    config = _config(
+        method=method, bits=bits, effort=effort, calib=calib, nsamples=nsamples, seqlen=seqlen,
+        group_size=group_size, criterion=criterion, faithful=faithful, percdamp=percdamp, seed=seed,
+    )  # fmt: skip
+    console = Console(quiet=quiet)
+    if dry_run:
+        _print_plan(console, model, config, trust_remote_code, as_json)
+        return
+    from pbq import pipeline
+
+    target = out or Path(
+        f"{Path(model).stem if model.endswith('.gguf') else Path(model).name}-pbq-{bits:g}"
+    )
+    result = pipeline.quantize(
+        model,
+        target,
+        config,
+        device=device,
+        ppl_text=ppl,
+        ppl_windows=windows,
+        overwrite=overwrite,
+        fresh=fresh,
+        trust_remote_code=trust_remote_code,
+        observer=console,
+    )
+    if as_json:
+        print(json.dumps(result.to_dict()))
+    else:
+        console.table(result.rows(), title=f"{target}")
+
+
+@app.command(epilog="Example: pbq plan ./model --bits 1.61 --json")
+def plan(
+    model: Model,
+    bits: Bits = 1.61,
+    method: Method = "auto",
+    effort: Effort = "default",
+    nsamples: NSamples = 64,
+    seqlen: SeqLen = 1024,
+    group_size: GroupSize = -1,
+    criterion: Criterion = "damage",
+    faithful: Faithful = False,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what would be quantized, stored and needed, without quantizing (= --dry-run)."""
+    config = _config(
+        method=method, bits=bits, effort=effort, nsamples=nsamples, seqlen=seqlen,
+        group_size=group_size, criterion=criterion, faithful=faithful,
+    )  # fmt: skip
+    _print_plan(Console(), model, config, trust_remote_code, as_json)
+
+
+def _print_plan(
+    console: Console, model: str, config: QuantConfig, trust_remote_code: bool, as_json: bool
+) -> None:
+    from pbq import pipeline
+
+    planned = pipeline.plan(model, config, trust_remote_code=trust_remote_code)
+    if as_json:
+        print(json.dumps(planned.to_dict()))
+    else:
+        console.table(planned.rows(), title=f"{model}, {config.method}, {config.bits:g} bits")
+
+
+@app.command(
+    "eval",
+    epilog="Example: pbq eval out --ppl wiki.test.raw --tasks piqa,arc_challenge --data-dir data",
+)
+def evaluate(
+    model: Model,
+    ppl: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="text file for perplexity; may be given several times"),
+    ] = None,
+    windows: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="at most so many windows of the text; default: all of it"),
+    ] = None,
+    window: Annotated[int, typer.Option(help="tokens in a window")] = 2048,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma separated")] = "",
+    data_dir: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="local task data: piqa/piqa.valid.jsonl, arc/ARC-Challenge-Test.jsonl"),
+    ] = None,
+    limit: Annotated[Optional[int], typer.Option(help="items of each task")] = None,  # noqa: UP045
+    num_fewshot: Annotated[int, typer.Option(help="examples in the prompt of each item")] = 0,
+    baseline: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="a second model, scored beside it (the unquantized one)"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="items at once in lm-eval")] = 8,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Perplexity on text files and lm-eval tasks, of a packed or any other model."""
+    from pbq import scoring
+
+    console = Console(quiet=quiet)
+    scores = scoring.score_models(
+        [model, *([baseline] if baseline else [])],
+        texts=ppl or [],
+        windows=windows,
+        window=window,
+        tasks=[name for name in tasks.split(",") if name],
+        data_dir=data_dir,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        observer=console,
+    )
+    if as_json:
+        print(json.dumps(scores.to_dict()))
+    else:
+        console.grid(*scores.grid())
+
+
+@app.command(epilog='Example: pbq generate out --prompt "The capital of France is"')
+def generate(
+    model: Model,
+    prompt: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="the prompt; without it, stdin is read"),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens to write at most")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: greedy")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="nucleus sampling")] = 1.0,
+    chat: Annotated[bool, typer.Option(help="wrap the prompt in the chat template")] = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Continue a prompt with a packed (or any) model; the text goes to stdout as it is written."""
+    from pbq import scoring
+
+    text = prompt if prompt is not None else sys.stdin.read()
+    scoring.stream_text(
+        model,
+        text,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        chat=chat,
+        seed=seed,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command(epilog="Example: pbq inspect out --layer model.layers.0.mlp.down_proj")
+def inspect(
+    out: Packed,
+    layer: Annotated[Optional[str], typer.Option(help="one layer, with its tiers")] = None,  # noqa: UP045
+    as_json: AsJson = False,
+) -> None:
+    """What a packed checkpoint holds: layers, tiers, bits, bytes."""
+    from pbq import checkpoint
+
+    summary = checkpoint.inspect(out, layer) if layer else checkpoint.inspect(out)
+    if as_json:
+        print(json.dumps(summary.to_dict()))
+    else:
+        Console().grid(*summary.grid())
+
+
+@app.command(epilog="Example: pbq verify out && echo intact")
+def verify(out: Packed, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Check a packed checkpoint: checksums, shapes, versions, finite scales, the bits it claims."""
+    from pbq import checkpoint
+
+    console = Console(quiet=quiet)
+    console.stage("verify", None)
+    report = checkpoint.verify(out, progress=console.step)
+    if as_json:
+        print(json.dumps(report.to_dict()))
+    else:
+        console.table(report.rows(), title=f"{out} is intact")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log what happens")] = False,
+) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    if version:
+        from pbq import __version__
+
+        print(f"pbq {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """The console script: exit codes are those of pbq.errors, 130 when interrupted."""
+    raise SystemExit(run_guarded(app))

@@ -1,0 +1,124 @@
+"""The terminal: progress with ETA on stderr, tables, and errors as one line with an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import rich.console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from pbq.errors import PbqError, ResourceError
+
+INTERRUPTED = 130
+
+
+class Console:
+    """Shows stages, steps and lines of a run. Not a terminal: a plain line per stage, no bar."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._out = rich.console.Console()
+        self._err = rich.console.Console(stderr=True)
+        self._quiet = quiet
+        self._progress: Progress | None = None
+        self._started = time.monotonic()
+
+    def stage(self, name: str, total: int | None) -> None:
+        """Begin a stage of `total` steps (None: unknown); ends the stage before it."""
+        self.close()
+        if self._quiet:
+            return
+        if not self._err.is_terminal:
+            self._err.print(f"[{time.monotonic() - self._started:6.0f} s] {name}", markup=False)
+            return
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=self._err,
+            transient=True,
+        )
+        self._progress.add_task(name, total=total)
+        self._progress.start()
+
+    def step(self, done: int, total: int | None = None) -> None:
+        if self._progress is not None:
+            task = self._progress.task_ids[0]
+            self._progress.update(task, completed=done, total=total)
+
+    def line(self, text: str) -> None:
+        """One line that stays, above the bar."""
+        if not self._quiet:
+            self._err.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def table(self, rows: Mapping[str, Any], title: str = "") -> None:
+        """Two columns, on stdout."""
+        self.grid(["", ""], [[name, value] for name, value in rows.items()], title, header=False)
+
+    def grid(
+        self,
+        header_row: Sequence[str],
+        rows: Sequence[Sequence[Any]],
+        title: str = "",
+        *,
+        header: bool = True,
+    ) -> None:
+        """A table on stdout; columns after the first are aligned right when there is a header."""
+        self.close()
+        table = Table(title=title or None, show_header=header, title_justify="left")
+        for i, name in enumerate(header_row):
+            table.add_column(name, justify="right" if header and i else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(str(cell) for cell in row))
+        self._out.print(table)
+
+
+def run_guarded(app: Callable[..., Any]) -> int:
+    """Run the command line and turn what it raises into one clear line and an exit code."""
+    # offline is a state to report at once, not to retry for half a minute a file
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        app(standalone_mode=True)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    except PbqError as error:
+        return _refuse(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _refuse(f"interrupted; the same command resumes: {_command()}", INTERRUPTED)
+    except MemoryError:
+        return _refuse("out of memory; try fewer --nsamples or a shorter --seqlen", 5)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _refuse(f"{where}{error.strerror or error}", ResourceError.exit_code)
+    return 0
+
+
+def _refuse(message: str, code: int) -> int:
+    with contextlib.suppress(OSError):
+        print(f"pbq: {message}", file=sys.stderr)
+    return code
+
+
+def _command() -> str:
+    return shlex.join(["pbq", *sys.argv[1:]])

@@ -1,0 +1,423 @@
+"""quantize(): the story of a run, top to bottom.
+
+load → calibration text → statistics → plan → block by block (reconstruct, tune, save) → distil →
+pack into OUT. Every finished step is saved, so that the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pbq import __version__, methods
+from pbq.allocate import LayerPlan, PlanInput, stored_bits
+from pbq.blocks import BlockQuantizer, Reconstructed, Streams
+from pbq.calibrate import Calibration, batches, channel_stats, load_calibration
+from pbq.config import QuantConfig
+from pbq.disk import check_space
+from pbq.errors import UsageError
+from pbq.evaluate import Perplexity, perplexity, tokenize_file
+from pbq.hf import PbqConfig, install
+from pbq.models import (
+    check_coverage,
+    compute_dtype,
+    find_blocks,
+    find_linears,
+    load_model,
+    pick_device,
+    record_calls,
+    run_block,
+    set_weight,
+    weight_of,
+)
+from pbq.pack import pack, unpack
+from pbq.report import RunReport, write_checkpoint
+from pbq.sources import resolve_source
+from pbq.tune import TunableWeight, tune_block
+from pbq.work import Work, check_target
+from pbq_kernels import PackedWeight, WeightLayout
+
+
+class Observer(Protocol):
+    """Is told how a run proceeds; pbq.console.Console shows it."""
+
+    def stage(self, name: str, total: int | None) -> None: ...
+
+    def step(self, done: int, total: int | None = None) -> None: ...
+
+    def line(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Silent:
+    """The observer of library calls that asked for none."""
+
+    def stage(self, name: str, total: int | None) -> None:
+        pass
+
+    def step(self, done: int, total: int | None = None) -> None:
+        pass
+
+    def line(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def quantize(
+    source: str,
+    out: Path | str,
+    config: QuantConfig,
+    *,
+    device: str = "auto",
+    ppl_text: Path | None = None,
+    ppl_windows: int | None = 40,
+    overwrite: bool = False,
+    fresh: bool = False,
+    trust_remote_code: bool = False,
+    observer: Observer | None = None,
+) -> RunReport:
+    """Quantize the causal LM at `source` into the directory `out`.
+
+    source: hub id, local directory or .gguf file. device: auto | cpu | cuda[:i]. ppl_text: measure
+    the perplexity on this file before and after and put it in the model card. An interrupted run
+    resumes with the same arguments; `fresh` discards it instead. Raises PbqError.
+    """
+    out = Path(out)
+    observer = observer or Silent()
+    method = methods.get(config.method, config)
+    check_target(out, overwrite)
+    report = RunReport(source=source, config=config.to_dict())
+    observer.stage("load the model", None)
+    with report.timed("load"):
+        found, where = resolve_source(source), pick_device(device)
+        model, tokenizer = load_model(found, compute_dtype(found, where), where, trust_remote_code)
+        model.requires_grad_(False)
+        check_coverage(model)
+        text = tokenize_file(tokenizer, ppl_text) if ppl_text else None
+    run = _Run(model, tokenizer, config, method, report, observer)
+    with Work.open(out, run.fingerprint(source), fresh=fresh, overwrite=overwrite) as work:
+        check_space(work.path, run.estimated_bytes())
+        calibration = run.calibration(work)
+        if text is not None:
+            report.before = run.perplexity(work, text, ppl_windows)
+        packed = run.quantize_blocks(work, calibration)
+        run.install(packed, calibration)
+        if text is not None:
+            report.after = run.perplexity(None, text, ppl_windows)
+        report.count(model)
+        observer.stage("write", None)
+        work.finish(
+            lambda staging: write_checkpoint(
+                staging, found, model, tokenizer, report, trust_remote_code=trust_remote_code
+            )
+        )
+    observer.close()
+    return report
+
+
+@dataclass
+class _Run:
+    """What the steps of one run share."""
+
+    model: Any
+    tokenizer: Any
+    config: QuantConfig
+    method: methods.Method
+    report: RunReport
+    observer: Observer
+    blocks_name: str = field(init=False)
+    blocks: nn.ModuleList = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.blocks_name, self.blocks = find_blocks(self.model)
+        self.recipe = self.method.recipe(self.config)
+
+    def linears(self) -> dict[str, nn.Module]:
+        """Every linear that will be quantized, by its name in the model."""
+        return {
+            f"{self.blocks_name}.{i}.{name}": module
+            for i, block in enumerate(self.blocks)
+            for name, module in find_linears(block).items()
+        }
+
+    def fingerprint(self, source: str) -> dict[str, str]:
+        """What must be equal for a half-finished run to go on."""
+        config = {f"config.{k}": str(v) for k, v in self.config.to_dict().items()}
+        calib = Path(self.config.calib)
+        text = hashlib.sha256(calib.read_bytes()).hexdigest()[:16] if calib.is_file() else "-"
+        return {
+            "model": source,
+            "weights": _digest(self.model),
+            "calibration file": text,
+            "device": str(next(self.model.parameters()).device),
+            "pbq": __version__,
+            **config,
+        }
+
+    def estimated_bytes(self) -> int:
+        """Disk for the finished steps and for OUT: packed weights twice, everything else once."""
+        linears = self.linears().values()
+        quantized = sum(weight_of(m).numel() for m in linears)
+        everything = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        dense = sum(weight_of(m).numel() * weight_of(m).element_size() for m in linears)
+        return int(2 * quantized * self.config.bits / 8) + everything - dense
+
+    # --- calibration ---------------------------------------------------------------------------
+
+    def calibration(self, work: Work) -> Calibration:
+        if work.has("calibration"):
+            tensors, meta = work.load("calibration")
+            return Calibration(tensors["ids"], meta["source"])
+        self.observer.stage("calibration text", None)
+        with self.report.timed("calibration text"):
+            calibration = load_calibration(
+                self.config.calib,
+                self.tokenizer,
+                self.model,
+                nsamples=self.config.nsamples,
+                seqlen=self.config.seqlen,
+                seed=self.config.seed,
+                progress=self.observer.step,
+            )
+        work.save("calibration", {"ids": calibration.ids}, {"source": calibration.source})
+        return calibration
+
+    def perplexity(self, work: Work | None, text: Any, windows: int | None) -> Perplexity:
+        """Before (kept in `work`, so that a resumed run need not measure again) or after."""
+        if work is not None and work.has("perplexity"):
+            return Perplexity(**work.load("perplexity")[1])
+        name = "after" if work is None else "before"
+        self.observer.stage(f"perplexity {name}", None)
+        with self.report.timed("perplexity"):
+            found = perplexity(self.model, text, max_windows=windows, progress=self.observer.step)
+        if work is not None:
+            work.save("perplexity", {}, dataclasses.asdict(found))
+        return found
+
+    # --- plan ----------------------------------------------------------------------------------
+
+    def plan(self, ids: Tensor) -> dict[str, LayerPlan]:
+        """Statistics of the original model on up to 16 segments, and the tiers from them."""
+        self.observer.stage("statistics", None)
+        linears = self.linears()
+        with self.report.timed("statistics"):
+            stats = channel_stats(
+                self.model,
+                linears,
+                ids[:: max(1, len(ids) // 16)][:16],
+                gradients=self.method.wants_gradients,
+                progress=self.observer.step,
+            )
+            layers = {n: PlanInput(weight_of(m), stats[n]) for n, m in linears.items()}
+            plans = self.method.plan(layers, self.config)
+        rows = {name: layer.W.shape[0] for name, layer in layers.items()}
+        self.report.bits = stored_bits(plans, rows)
+        self.report.paper_bits = self.method.paper_bits(plans, rows)
+        if self.report.bits > self.config.bits and not self.config.faithful:
+            raise UsageError(
+                f"{self.config.method} would store {self.report.bits:.3f} bits, "
+                f"above --bits {self.config.bits:g}"
+            )
+        return plans
+
+    # --- blocks --------------------------------------------------------------------------------
+
+    def quantize_blocks(self, work: Work, calibration: Calibration) -> dict[str, PackedWeight]:
+        """Block by block; a block already in `work` is only run, to feed the one behind it."""
+        device = next(self.model.parameters()).device
+        rows = batches(calibration.ids.to(device), self.recipe.batch)
+        plans = self.plan(calibration.ids)
+        recording = record_calls(self.model, self.blocks, rows)
+        streams = Streams(recording.hidden, list(recording.hidden))
+        packed: dict[str, PackedWeight] = {}
+        self.observer.stage("blocks", len(self.blocks))
+        for i, block in enumerate(self.blocks):
+            name = f"{self.blocks_name}.{i}"
+            with self.report.timed("blocks"):
+                packed |= self._block(work, block, name, i, recording.calls[i][0], streams, plans)
+            self.observer.step(i + 1, len(self.blocks))
+        return packed
+
+    def _block(
+        self,
+        work: Work,
+        block: nn.Module,
+        name: str,
+        index: int,
+        call: Any,
+        streams: Streams,
+        plans: Mapping[str, LayerPlan],
+    ) -> dict[str, PackedWeight]:
+        """Quantize one block, or take it from `work`; move both streams behind it."""
+        key, started = f"block-{index:05d}", time.monotonic()
+        resumed = work.has(key)
+        if resumed:
+            targets = [_forward(block, x, call) for x in streams.fp]
+            packed, meta = _restore(work, key, block)
+        else:
+            quantizer = BlockQuantizer(
+                block, find_linears(block), call, self.method, self.recipe, self.config, name
+            )
+            done = quantizer.run(streams, plans)
+            targets = quantizer.targets
+            packed, meta = self._tune_and_pack(quantizer, done, streams, index)
+            meta["seconds"] = time.monotonic() - started
+            norms = {f"norm.{n}": p for n, p in _norms(block).items()}
+            work.save(key, {**_flatten(packed), **norms}, meta)
+        streams.quant = [_forward(block, x, call) for x in streams.quant]
+        streams.fp = targets
+        self.report.blocks.append({"name": name, **meta})
+        if not resumed:
+            self.observer.line(_block_line(name, meta))
+        return {f"{name}.{linear}": pw for linear, pw in packed.items()}
+
+    def _tune_and_pack(
+        self, quantizer: BlockQuantizer, done: Reconstructed, streams: Streams, index: int
+    ) -> tuple[dict[str, PackedWeight], dict[str, Any]]:
+        weights, tuning = done.weights, self.recipe.block
+        meta: dict[str, Any] = {
+            "layers": {
+                n: {"layout": done.weights[n].layout().to_dict(), **dataclasses.asdict(r)}
+                for n, r in done.layers.items()
+            },
+        }
+        if tuning is not None and tuning.epochs > 0:
+            block, call = quantizer.block, quantizer.call
+            linears = find_linears(block)
+
+            def run(W: Mapping[str, Tensor], gains: Mapping[str, Tensor], x: Tensor) -> Tensor:
+                return run_block(_Functional(block, linears, W, gains), x, call)
+
+            weights, gains, tuned = tune_block(
+                run,
+                {
+                    n: TunableWeight(qw, done.latents[n] if tuning.latent_lr else None)
+                    for n, qw in weights.items()
+                },
+                _norms(block),
+                streams.quant,
+                quantizer.targets,
+                quantizer.second if tuning.dual else None,
+                tuning,
+                self.config.seed + index,
+            )
+            meta["tuning"] = dataclasses.asdict(tuned)
+            for n, qw in weights.items():
+                set_weight(linears[n], qw.dequantize())
+            with torch.no_grad():
+                for n, gain in gains.items():
+                    block.get_parameter(n).copy_(gain)
+        return {n: pack(qw) for n, qw in weights.items()}, meta
+
+    # --- the packed model ----------------------------------------------------------------------
+
+    def install(self, packed: Mapping[str, PackedWeight], calibration: Calibration) -> None:
+        """Swap the dense linears for packed ones; from here on the model is what will be loaded."""
+        self.report.calibration = calibration.label()
+        linears = self.linears()
+        biases = {name: getattr(linears[name], "bias", None) for name in packed}
+        quantization = PbqConfig(
+            method=self.config.method,
+            bits=self.config.bits,
+            provenance={
+                "source": self.report.source,
+                "config": self.config.to_dict(),
+                "calibration": calibration.label(),
+                "calibration_sha256": calibration.sha256,
+                "pbq": __version__,
+            },
+        )
+        install(self.model, {n: (pw, biases[n]) for n, pw in packed.items()}, quantization)
+
+
+class _Functional:
+    """A block called with other weights: run_block sees a module, autograd sees the weights."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        linears: Mapping[str, nn.Module],
+        weights: Mapping[str, Tensor],
+        gains: Mapping[str, Tensor],
+    ) -> None:
+        self._block = block
+        self._parameters: dict[str, Tensor] = {}
+        for name, W in weights.items():
+            own = linears[name].weight
+            # Conv1D of gpt2 keeps its weight transposed
+            oriented = W if isinstance(linears[name], nn.Linear) else W.T
+            self._parameters[f"{name}.weight"] = oriented.to(own.dtype)
+        for name, gain in gains.items():
+            self._parameters[name] = gain.to(block.get_parameter(name).dtype)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self._block, self._parameters, args, kwargs)
+
+
+def _norms(block: nn.Module) -> dict[str, Tensor]:
+    """Gains of the block's norms: parameters that stay as they are stored, so tuning them is free."""
+    return {
+        f"{name}.weight": module.weight
+        for name, module in block.named_modules()
+        if "norm" in type(module).__name__.lower()
+        and isinstance(getattr(module, "weight", None), nn.Parameter)
+    }
+
+
+@torch.no_grad()
+def _forward(block: nn.Module, x: Tensor, call: Any) -> Tensor:
+    return run_block(block, x, call)
+
+
+def _flatten(packed: Mapping[str, PackedWeight]) -> dict[str, Tensor]:
+    return {f"{n}.{key}": t for n, pw in packed.items() for key, t in pw.tensors.items()}
+
+
+def _restore(
+    work: Work, key: str, block: nn.Module
+) -> tuple[dict[str, PackedWeight], dict[str, Any]]:
+    """A finished block from `work`: its packed weights, and its dense values put in place."""
+    tensors, meta = work.load(key)
+    packed = {}
+    for name, module in find_linears(block).items():
+        layout = WeightLayout.from_dict(meta["layers"][name]["layout"])
+        device = weight_of(module).device
+        own = {key: tensors[f"{name}.{key}"].to(device) for key in layout.tensors()}
+        packed[name] = PackedWeight(layout, own)
+        set_weight(module, unpack(packed[name]).dequantize())
+    with torch.no_grad():
+        for name, parameter in _norms(block).items():
+            parameter.copy_(tensors[f"norm.{name}"])
+    return packed, meta
+
+
+def _digest(model: nn.Module) -> str:
+    """Of every parameter's name, shape and bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, p in model.named_parameters():
+        digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
+        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _block_line(name: str, meta: Mapping[str, Any]) -> str:
+    errors = [layer["error"] for layer in meta["layers"].values()]
+    bits = [layer["bits"] for layer in meta["layers"].values()]
+    tuned = meta.get("tuning")
+    loss = f"  block loss {tuned['before']:.4f} -> {tuned['after']:.4f}" if tuned else ""
+    return (
+        f"{name}  {sum(bits) / len(bits):.3f} bits  layer error {sum(errors) / len(errors):.4f}"
+        f"{loss}  {meta['seconds']:.0f} s"
+    )

@@ -1,0 +1,329 @@
+"""Optimisation by gradient: scales (and signs) of a block against the original block; distillation.
+
+Nothing here knows a model: a block is a function of weights and inputs (torch.func.functional_call),
+and the weights are made from codes and scales on every step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pbq.grid import Grid, QuantizedWeight, TierGrid, signs, stored
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates of Adam and what they apply to.
+
+    lr: of scales, offsets and column scales, relative to their size. norm_lr: of the norms.
+    latent_lr: of latent weights, 0 freezes the codes. row_lr: of one more factor a row, on scale
+    and offset together (PTQ1.61's α_r1). only_planes: train only the tiers with so many planes.
+    constant: no warm-up, no decay.
+    """
+
+    lr: float = 5e-3
+    norm_lr: float = 3e-3
+    latent_lr: float = 0.0
+    row_lr: float = 0.0
+    only_planes: int | None = None
+    constant: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockTuning(Rates):
+    """Optimisation of one block against the original block.
+
+    epochs: passes over the calibration rows. loss: "relative" (squared error relative to each
+    token's own norm) or "mse-nlc" (PTQ1.61, eq. 8). dual: also meet the original block on the
+    quantized inputs.
+    """
+
+    epochs: float
+    loss: str = "relative"
+    dual: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation(Rates):
+    """End-to-end training against the original model's next-token distribution.
+
+    steps: of `batch` rows of `seqlen` tokens each.
+    """
+
+    steps: int
+    batch: int = 2
+    seqlen: int = 512
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method is reconstructed and for how long it is optimised.
+
+    feedback: GPTQ error feedback. sweeps: coordinate-descent sweeps after it. compensate: aim each
+    linear at the original output given its quantized input (blocks.compensate), damped by
+    compensate_damp. hessian_tokens: calibration tokens behind each Hessian. batch: rows
+    run at once.
+    """
+
+    feedback: bool = True
+    sweeps: int = 1
+    compensate: bool = True
+    compensate_damp: float = 0.05
+    hessian_tokens: int = 16384
+    batch: int = 2
+    block: BlockTuning | None = None
+    distillation: Distillation | None = None
+
+
+class TunableWeight(nn.Module):
+    """A QuantizedWeight whose numbers, and with `latent` whose codes, can be trained.
+
+    Kept transposed, a tier being consecutive rows [c, n]: columns of W are rows here, so that
+    putting them back in order copies whole rows. Scales train as factors around 1, which gives every
+    row and plane the same relative step.
+    """
+
+    def __init__(self, qw: QuantizedWeight, latent: Tensor | None = None) -> None:
+        super().__init__()
+        self.tiers, self.tier_of = qw.tiers, qw.tier_of
+        order = torch.argsort(qw.tier_of, stable=True)
+        self._inverse = torch.argsort(order)
+        self._group_of = [t.group_of_column().to(order.device) for t in qw.tiers]
+        self._scale0 = [g.scale.permute(1, 2, 0).contiguous() for g in qw.grids]  # [G, S, n]
+        self._offset0 = [None if g.offset is None else g.offset.T.contiguous() for g in qw.grids]
+        self.scale = nn.ParameterList([nn.Parameter(torch.ones_like(s)) for s in self._scale0])
+        # an offset may be zero: it moves in units of the tier's largest scale instead
+        self._unit = [s.abs().sum(1) for s in self._scale0]  # [G, n]
+        self.offset = nn.ParameterList(
+            [
+                nn.Parameter(torch.zeros_like(u if o is not None else u[:0]))
+                for o, u in zip(self._offset0, self._unit, strict=True)
+            ]
+        )
+        # one more factor a row, on scale and offset together; trained where a recipe asks for it
+        self.row = nn.Parameter(torch.ones(len(qw.codes), device=order.device))
+        self._column0 = qw.column_scale
+        self.column = (
+            None if qw.column_scale is None else nn.Parameter(torch.ones_like(qw.column_scale))
+        )
+        codes = qw.codes[:, order].T
+        self._codes = list(codes.split([t.columns for t in qw.tiers]))  # uint8 [c, n]
+        self.latent = nn.ParameterList()
+        if latent is not None:
+            start = (latent if qw.column_scale is None else latent / qw.column_scale)[:, order].T
+            self.latent.extend(
+                nn.Parameter(self._where_it_rounds(t, part).contiguous())
+                for t, part in enumerate(start.split([t.columns for t in qw.tiers]))
+            )
+        self._sigma = [self._signs(t, c) for t, c in enumerate(self._codes)]
+
+    def _where_it_rounds(self, t: int, latent: Tensor) -> Tensor:
+        """The latent weights, or the level itself where they would not round to the stored code."""
+        with torch.no_grad():
+            same = self._nearest(t, latent) == self._codes[t]
+            sigma = self._signs(t, self._codes[t])
+            return torch.where(same, latent, self._levels(t, sigma).float())
+
+    def _signs(self, t: int, codes: Tensor) -> Tensor:
+        """codes [c, n] -> ±1 of what each stored scale multiplies, bfloat16 [c, S, n]."""
+        tier = self.tiers[t]
+        sigma = signs(tier.planes, codes.device)
+        if tier.tied:
+            sigma = (sigma * 2.0 ** torch.arange(tier.planes, device=codes.device)).sum(
+                1, keepdim=True
+            )
+        # small odd integers: exact in bfloat16 up to eight planes
+        return sigma.bfloat16()[codes.long()].transpose(1, 2)
+
+    def _numbers(self, t: int) -> tuple[Tensor, Tensor | None]:
+        """Current scale [G, S, n] and offset [G, n] of a tier."""
+        offset = self._offset0[t]
+        moved = None if offset is None else (offset + self.offset[t] * self._unit[t]) * self.row
+        return self._scale0[t] * self.scale[t] * self.row, moved
+
+    def _levels(self, t: int, sigma: Tensor) -> Tensor:
+        """sigma [c, S, n] -> weights [c, n]."""
+        scale, offset = self._numbers(t)
+        if self.tiers[t].groups != 1:
+            group = self._group_of[t]
+            scale = scale[group]
+            offset = None if offset is None else offset[group]
+        W = (sigma * scale).sum(1) if sigma.shape[1] != 1 else sigma[:, 0] * scale[:, 0]
+        return W if offset is None else W + offset
+
+    @torch.no_grad()
+    def _nearest(self, t: int, latent: Tensor) -> Tensor:
+        """Nearest codes uint8 [c, n] of latent weights [c, n] on the current levels."""
+        codes = torch.zeros(latent.shape, dtype=torch.uint8, device=latent.device)
+        for g in range(self.tiers[t].groups if self.tiers[t].planes else 0):
+            rows = (self._group_of[t] == g).nonzero(as_tuple=True)[0]
+            codes[rows] = self._grid(t, g).codes(latent[rows].T).T
+        return codes
+
+    def _grid(self, t: int, g: int) -> Grid:
+        scale, offset = self._numbers(t)
+        numbers = TierGrid(
+            scale.permute(2, 0, 1).float(), None if offset is None else offset.T.float()
+        )
+        return numbers.grid(self.tiers[t], g)
+
+    def forward(self) -> Tensor:
+        """The weight [n, k] in float32, differentiable in all that trains."""
+        parts = []
+        for t in range(len(self.tiers)):
+            if not len(self.latent):
+                parts.append(self._levels(t, self._sigma[t]))
+                continue
+            latent = self.latent[t]
+            sigma = self._signs(t, self._nearest(t, latent))
+            # straight-through: the latent weight receives the gradient of its rounded value
+            parts.append(self._levels(t, sigma) + (latent - latent.detach()))
+        W = torch.cat(parts)[self._inverse].T
+        if self._column0 is None or self.column is None:
+            return W
+        return W * (self._column0 * self.column)
+
+    @torch.no_grad()
+    def freeze(self) -> QuantizedWeight:
+        """What would be stored now: codes, and scales rounded to float16."""
+        grids, codes = [], []
+        for t in range(len(self.tiers)):
+            scale, offset = self._numbers(t)
+            shape = scale.permute(2, 0, 1)
+            grids.append(TierGrid(stored(shape), None if offset is None else stored(offset.T)))
+            codes.append(self._nearest(t, self.latent[t]) if len(self.latent) else self._codes[t])
+        column = None
+        if self._column0 is not None and self.column is not None:
+            column = stored(self._column0 * self.column)
+        codes_nk = torch.cat(codes)[self._inverse].T.contiguous()
+        return QuantizedWeight(self.tiers, self.tier_of, codes_nk, grids, column)
+
+    def groups(self, tuning: Rates) -> list[tuple[list[nn.Parameter], float]]:
+        """(parameters, learning rate). A latent moves in units of its tier's mean scale."""
+        chosen = [t for t, x in enumerate(self.tiers) if tuning.only_planes in (None, x.planes)]
+        small = [p for t in chosen for p in (self.scale[t], self.offset[t])]
+        small += [] if self.column is None else [self.column]
+        out = [([p for p in small if p.numel()], tuning.lr), ([self.row], tuning.row_lr)]
+        for t, latent in enumerate(self.latent):
+            if latent.numel() and self.tiers[t].planes:
+                size = float(self._scale0[t].abs().sum(1).mean())
+                out.append(([latent], tuning.latent_lr * size))
+        return out
+
+
+def relative_mse(y: Tensor, target: Tensor) -> Tensor:
+    """Mean over tokens of |y - t|² / |t|²: no token of huge norm decides alone."""
+    y, target = y.float(), target.float()
+    return ((y - target).pow(2).mean(-1) / (target.pow(2).mean(-1) + 1e-6)).mean()
+
+
+def mse_nlc(y: Tensor, target: Tensor) -> Tensor:
+    """MSE - log of the mean cosine (PTQ1.61 eq. 8, cosines averaged before the log as coded)."""
+    y, target = y.float(), target.float()
+    cosine = F.cosine_similarity(y, target, dim=-1).mean()
+    return F.mse_loss(y, target) - torch.log(cosine.clamp(min=1e-6))
+
+
+LOSSES = {"relative": relative_mse, "mse-nlc": mse_nlc}
+
+
+class Schedule:
+    """Adam over parameter groups; 5 % warm-up and a cosine to zero unless `constant`."""
+
+    def __init__(
+        self,
+        groups: Sequence[tuple[list[nn.Parameter], float]],
+        total: int,
+        *,
+        constant: bool = False,
+    ) -> None:
+        used = [{"params": p, "lr": lr, "base": lr} for p, lr in groups if p and lr]
+        self._adam = torch.optim.Adam(used, betas=(0.9, 0.95))
+        self._total, self._step, self._constant = max(total, 1), 0, constant
+
+    def step(self, loss: Tensor) -> None:
+        warm = min(1.0, (self._step + 1) / max(0.05 * self._total, 1))
+        decay = 0.5 * (1 + math.cos(math.pi * self._step / self._total))
+        for group in self._adam.param_groups:
+            group["lr"] = group["base"] * (1.0 if self._constant else warm * decay)
+        self._adam.zero_grad(set_to_none=True)
+        loss.backward()
+        self._adam.step()
+        self._step += 1
+
+
+# run({linear: weight [n, k]}, {norm: weight [d]}, x [b, L, d]) -> the block's output
+RunBlock = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Loss on held-out rows before and after, and whether the result was kept."""
+
+    before: float
+    after: float
+    kept: bool
+
+
+def tune_block(
+    run: RunBlock,
+    weights: Mapping[str, TunableWeight],
+    norms: dict[str, Tensor],
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    second: Sequence[Tensor] | None,
+    tuning: BlockTuning,
+    seed: int,
+    progress: Progress | None = None,
+) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], Tuned]:
+    """Train a block's scales (codes too where a latent is given) and norms; keep the better state.
+
+    inputs: hidden states behind the quantized blocks. targets: the original block on the original
+    inputs. second: the original block on `inputs`, for the dual loss. One row in sixteen is held
+    out; if training does not lower the loss there, the weights come back as they were.
+    """
+    masters = {name: nn.Parameter(w.detach().float()) for name, w in norms.items()}
+    groups = [g for w in weights.values() for g in w.groups(tuning)]
+    groups.append((list(masters.values()), tuning.norm_lr))
+    loss_of = LOSSES[tuning.loss]
+
+    def loss(i: int, W: Mapping[str, Tensor], gains: Mapping[str, Tensor]) -> Tensor:
+        y = run(W, gains, inputs[i])
+        first = loss_of(y, targets[i])
+        return first if second is None else first + loss_of(y, second[i])
+
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(inputs), generator=generator).tolist()
+    count = max(1, len(inputs) // 16) if len(inputs) > 1 else 0
+    held_out, train = shuffled[:count] or shuffled, shuffled[count:]
+
+    @torch.no_grad()
+    def score(W: Mapping[str, QuantizedWeight], gains: Mapping[str, Tensor]) -> float:
+        dense = {name: qw.dequantize() for name, qw in W.items()}
+        return float(torch.stack([loss(i, dense, gains) for i in held_out]).mean())
+
+    start = {name: w.freeze() for name, w in weights.items()}
+    before = score(start, norms)
+    total = max(1, round(tuning.epochs * len(train)))
+    schedule = Schedule(groups, total, constant=tuning.constant)
+    for step in range(total):
+        if step % len(train) == 0:
+            order = torch.randperm(len(train), generator=generator).tolist()
+        W = {name: w() for name, w in weights.items()}
+        schedule.step(loss(train[order[step % len(train)]], W, masters))
+        if progress:
+            progress(step + 1, total)
+    end = {name: w.freeze() for name, w in weights.items()}
+    gains = {name: m.detach().to(norms[name].dtype) for name, m in masters.items()}
+    after = score(end, gains)
+    if not after < before:
+        return start, norms, Tuned(before, after, kept=False)
+    return end, gains, Tuned(before, after, kept=True)
