@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, UInt8
-from pbq_kernels.layout import Tier, WeightLayout
 from torch import Tensor
 
 from pbq.errors import UsageError
+from pbq_kernels.layout import Tier, WeightLayout
+
+# Columns by which the cost of a tier mix may lie off a straight line: padding and started groups.
+_LONGEST_DIP = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,13 +22,13 @@ class ChannelStats:
     """What a layer's inputs and output gradients look like: small enough to keep for a whole model.
 
     x_sq, x_absmax, x_absmean [k]: mean square, largest and mean magnitude of each input channel.
-    g_sq [n]: mean square of the loss gradient at each output, or None when no backward pass was run.
+    g_sq [n]: mean square of the loss gradient at each output, or None without a backward pass.
     """
 
-    x_sq: Float[Tensor, "k"]
-    x_absmax: Float[Tensor, "k"]
-    x_absmean: Float[Tensor, "k"]
-    g_sq: Float[Tensor, "n"] | None = None
+    x_sq: Float[Tensor, " k"]
+    x_absmax: Float[Tensor, " k"]
+    x_absmean: Float[Tensor, " k"]
+    g_sq: Float[Tensor, " n"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +36,7 @@ class LayerPlan:
     """The tiers of one layer and the tier of each of its columns, uint8 [k]."""
 
     tiers: tuple[Tier, ...]
-    tier_of: UInt8[Tensor, "k"]
+    tier_of: UInt8[Tensor, " k"]
     column_scale: bool = False
 
     def layout(self, n: int) -> WeightLayout:
@@ -52,7 +56,7 @@ def most_columns(
 ) -> int:
     """The largest count c of fine columns with stored bits of `tiers_for(c)` at most `bits`.
 
-    Raises UsageError naming the layer and the least bits that would do.
+    Raises UsageError naming the layer and the least bits that would do, rounded up.
     """
 
     def stored(c: int) -> float:
@@ -61,16 +65,19 @@ def most_columns(
     if stored(0) > bits:
         raise UsageError(
             f"{name} [{n}x{k}]: {bits:g} bits cannot hold its signs and scales; "
-            f"the least is --bits {stored(0):.3f}"
+            f"the least is --bits {math.ceil(1000 * stored(0)) / 1000:.3f}"
         )
     low, high = 0, k
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if stored(middle) <= bits else (low, middle - 1)
-    return low
+    # Whole bytes and groups make the cost rise in steps with small dips, which the search above
+    # may stop at; and without a coarse column the coarse scales are not stored.
+    beyond = [k, *range(min(k, low + _LONGEST_DIP), low, -1)]
+    return next((c for c in beyond if stored(c) <= bits), low)
 
 
-def tiers_of(score: Float[Tensor, "k"], c: int) -> UInt8[Tensor, "k"]:
+def tiers_of(score: Float[Tensor, " k"], c: int) -> UInt8[Tensor, " k"]:
     """1 for the c columns of highest score, 0 for the rest; a tie goes to the earlier column."""
     tier_of = torch.zeros(len(score), dtype=torch.uint8)
     tier_of[torch.argsort(score, descending=True, stable=True)[:c].cpu()] = 1

@@ -20,7 +20,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """ids int64 [nsamples, seqlen]; where they came from; sha256 of the ids, which names the set."""
+    """ids int64 [nsamples, seqlen] and where they came from; their sha256 names the set."""
 
     ids: Tensor
     source: str
@@ -31,20 +31,20 @@ class Calibration:
 
     def label(self) -> str:
         n, length = self.ids.shape
-        return f"{self.source}, {n} × {length} tokens"
+        return f"{self.source}, {n} x {length} tokens"
 
 
 def load_calibration(
     source: str,
     tokenizer: Any,
-    model: nn.Module,
+    model: Any,
     *,
     nsamples: int,
     seqlen: int,
     seed: int,
     progress: Progress | None = None,
 ) -> Calibration:
-    """The first nsamples × seqlen tokens of a text file, a datasets id, or of the model's own text.
+    """The first nsamples x seqlen tokens of a text file, a datasets id, or of the model's own text.
 
     source: "self"; a path (.jsonl: one object a line with a "text", anything else: plain text);
     or a datasets id `name[:config[:split]]`. Raises DataError when there is too little text.
@@ -59,9 +59,10 @@ def load_calibration(
     needed = nsamples * seqlen
     ids = _tokenize(texts, tokenizer, needed)
     if len(ids) < needed:
+        rows = len(ids) // seqlen
         raise DataError(
-            f"{name}: {len(ids)} tokens, but {nsamples} × {seqlen} = {needed} are needed; "
-            f"use a longer text, --nsamples {max(len(ids) // seqlen, 1)} or a smaller --seqlen"
+            f"{name}: {len(ids)} tokens, but {nsamples} x {seqlen} = {needed} are needed; "
+            f"use a longer text{f', --nsamples {rows}' if rows else ''} or a smaller --seqlen"
         )
     return Calibration(ids[:needed].view(nsamples, seqlen), name)
 
@@ -126,7 +127,7 @@ def _read_dataset(source: str) -> Iterator[str]:
 
 @torch.no_grad()
 def sample_from_model(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     nsamples: int,
     seqlen: int,
@@ -142,12 +143,13 @@ def sample_from_model(
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     vocab = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
-    ordinary = [i for i in range(vocab) if i not in set(tokenizer.all_special_ids)]
+    special = set(tokenizer.all_special_ids)
+    ordinary = torch.tensor([i for i in range(vocab) if i not in special])
     rows = []
     for start in range(0, nsamples, batch):
         size = min(batch, nsamples - start)
         pick = torch.randint(len(ordinary), (size, 1), generator=generator)
-        token = torch.tensor(ordinary)[pick].to(device)
+        token = ordinary[pick].to(device)
         ids, cache = [token], None
         for step in range(1, seqlen):
             out = model(token, past_key_values=cache, use_cache=True)
@@ -156,6 +158,8 @@ def sample_from_model(
                 token = logits.argmax(-1, keepdim=True)
             else:
                 weights = logits.softmax(-1).cpu()
+                if not torch.isfinite(weights).all():
+                    raise NumericalError(f"the model's logits at token {step} are not finite")
                 token = torch.multinomial(weights, 1, generator=generator).to(device)
             ids.append(token)
             if progress:
@@ -165,7 +169,7 @@ def sample_from_model(
 
 
 def channel_stats(
-    model: nn.Module,
+    model: Any,
     linears: dict[str, nn.Module],
     ids: Tensor,
     *,
@@ -179,22 +183,30 @@ def channel_stats(
     the layer whose inputs are not finite.
     """
     taps = {name: _Tap(module, gradients) for name, module in linears.items()}
-    embedding = model.get_input_embeddings()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)  # the backward pass is for activations: it must not fill p.grad
     # the graph must start before the first block though no parameter asks for a gradient
-    hook = embedding.register_forward_hook(lambda m, a, out: out.requires_grad_(gradients))
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda m, a, out: out.requires_grad_(gradients)
+    )
+    device, done = next(model.parameters()).device, 0
     try:
         with torch.set_grad_enabled(gradients):
-            for start in range(0, len(ids), batch):
-                rows = ids[start : start + batch].to(next(model.parameters()).device)
-                out = model(rows, use_cache=False, labels=rows if gradients else None)
+            for rows in batches(ids, batch):
+                out = model(
+                    rows.to(device), use_cache=False, labels=rows.to(device) if gradients else None
+                )
                 if gradients:
                     out.loss.backward()
+                done += len(rows)
                 if progress:
-                    progress(min(start + batch, len(ids)), len(ids))
+                    progress(done, len(ids))
     finally:
         hook.remove()
         for tap in taps.values():
             tap.remove()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
     return {name: tap.stats(name) for name, tap in taps.items()}
 
 
@@ -237,6 +249,8 @@ class _Tap:
             raise NumericalError(f"{name}: no calibration token reached this layer")
         if not torch.isfinite(self.x_sq).all():
             raise NumericalError(f"{name}: non-finite inputs on the calibration text")
+        if self.g_sq is not None and not torch.isfinite(self.g_sq).all():
+            raise NumericalError(f"{name}: non-finite gradients on the calibration text")
         g_sq = None if self.g_sq is None else self.g_sq / self.tokens
         return ChannelStats(self.x_sq / self.tokens, self.x_max, self.x_abs / self.tokens, g_sq)
 

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from safetensors import safe_open
@@ -57,17 +57,51 @@ _PLAIN_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 _PACKED_SUFFIXES = ("overlay_count", "overlay_gap", "overlay_value", "overlay_scale")
 
 
+# (header, rows, title) of a table
+Table = tuple[list[str], list[list[str]], str]
+
+
 @dataclass(frozen=True)
 class LayerSummary:
-    """One quantized weight. bits: stored bits per weight; nbytes: of all its stored tensors."""
+    """One quantized weight. bits: stored per weight; nbytes: of each stored tensor, by name."""
 
     name: str
-    n: int
-    k: int
-    tiers: tuple[Tier, ...]
-    overlay: int
-    bits: float
-    nbytes: int
+    layout: WeightLayout
+    nbytes: dict[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.nbytes.values())
+
+    @property
+    def bits(self) -> float:
+        return 8 * self.total_bytes / (self.layout.n * self.layout.k)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            **self.layout.to_dict(),
+            "bits": self.bits,
+            "bytes": self.total_bytes,
+            "tensors": self.nbytes,
+        }
+
+    def grid(self) -> Table:
+        """A row for each tier, then one for each stored tensor."""
+        tiers = [
+            [f"tier {i}", f"{t.columns} columns", f"{t.planes} bit", _grid_text(t)]
+            for i, t in enumerate(self.layout.tiers)
+        ]
+        tensors = [[name, f"{size} bytes", "", ""] for name, size in self.nbytes.items()]
+        n, k = self.layout.n, self.layout.k
+        return ["", "", "", ""], tiers + tensors, f"{self.name}: {n}x{k}, {self.bits:.4f} bits"
+
+
+def _grid_text(tier: Tier) -> str:
+    scales = "tied" if tier.tied else "free"
+    offset = ", offset" if tier.offset else ""
+    group = "" if tier.group_size == -1 else f", groups of {tier.group_size}"
+    return f"{scales} scales{offset}{group}"
 
 
 @dataclass(frozen=True)
@@ -90,6 +124,40 @@ class CheckpointSummary:
     directory_bytes: int
     layers: tuple[LayerSummary, ...]
 
+    def to_dict(self) -> dict[str, Any]:
+        fields = {name: value for name, value in vars(self).items() if name != "layers"}
+        return {**fields, "layers": [layer.to_dict() for layer in self.layers]}
+
+    def grid(self) -> Table:
+        """A row for each layer, then the totals."""
+        rows = [
+            [
+                layer.name,
+                f"{layer.layout.n}x{layer.layout.k}",
+                " + ".join(f"{t.columns} at {t.planes}" for t in layer.layout.tiers),
+                f"{layer.bits:.4f}",
+                f"{layer.total_bytes:,}",
+            ]
+            for layer in self.layers
+        ]
+        others = self.parameters - self.quantized_parameters
+        other_bits = f"{8 * self.other_bytes / others:.4f}" if others else ""
+        every = self.quantized_bytes + self.other_bytes
+        rows += [
+            [
+                "all quantized weights",
+                "",
+                "",
+                f"{self.stored_bits:.4f}",
+                f"{self.quantized_bytes:,}",
+            ],
+            ["all other tensors", "", "", other_bits, f"{self.other_bytes:,}"],
+            ["the whole model", "", "", f"{self.bits_per_parameter:.4f}", f"{every:,}"],
+        ]
+        header = ["layer", "shape", "columns at bits", "stored bits", "bytes"]
+        asked = "" if self.asked_bits is None else f", {self.asked_bits:g} bits asked"
+        return header, rows, f"{self.method}{asked}"
+
 
 @dataclass(frozen=True)
 class VerifyReport:
@@ -106,6 +174,20 @@ class VerifyReport:
     unchecked: tuple[str, ...]
     warnings: tuple[str, ...]
 
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def rows(self) -> dict[str, Any]:
+        return {
+            "quantized layers": self.layers,
+            "tensors": self.tensors,
+            "bytes of tensors": f"{self.nbytes:,}",
+            "stored bits per weight": f"{self.stored_bits:.6f}",
+            "asked": "-" if self.asked_bits is None else f"{self.asked_bits:g}",
+            "tensors without a checksum": len(self.unchecked),
+            **{f"warning {i}": text for i, text in enumerate(self.warnings, 1)},
+        }
+
 
 def read_layers(out: Path | str) -> dict[str, WeightLayout]:
     """Layout of every quantized layer, by module name, from config.json. Raises CheckpointError."""
@@ -115,22 +197,33 @@ def read_layers(out: Path | str) -> dict[str, WeightLayout]:
 def read_packed(out: Path | str, name: str) -> PackedWeight:
     """One layer's packed weight, checked against layout and checksums. Raises CheckpointError."""
     contents = _Contents.open(Path(out))
-    if name not in contents.config.layouts:
-        raise CheckpointError(f"{contents.out}: no quantized layer is called {name!r}")
+    contents.refuse_unknown(name)
     return contents.read_packed(name)
 
 
-def inspect(out: Path | str) -> CheckpointSummary:
-    """Sizes and bits, from the headers alone: no tensor is read. Raises CheckpointError."""
-    return _summary(_Contents.open(Path(out)))
+@overload
+def inspect(out: Path | str, layer: None = None) -> CheckpointSummary: ...
+
+
+@overload
+def inspect(out: Path | str, layer: str) -> LayerSummary: ...
+
+
+def inspect(out: Path | str, layer: str | None = None) -> CheckpointSummary | LayerSummary:
+    """Sizes and bits, of one layer or of all, from the headers alone. Raises CheckpointError."""
+    contents = _Contents.open(Path(out))
+    if layer is None:
+        return _summary(contents)
+    contents.refuse_unknown(layer)
+    return _layer_summary(contents, layer)
 
 
 def _summary(contents: _Contents) -> CheckpointSummary:
     config = contents.config
     layers = tuple(_layer_summary(contents, name) for name in config.layouts)
-    quantized_parameters = sum(layer.n * layer.k for layer in layers)
+    quantized_parameters = sum(layer.layout.n * layer.layout.k for layer in layers)
     others = [contents.stored[name] for name in contents.stored.keys() - contents.packed_names()]
-    quantized_bytes = sum(layer.nbytes for layer in layers)
+    quantized_bytes = sum(layer.total_bytes for layer in layers)
     other_bytes = sum(tensor.nbytes for tensor in others)
     parameters = quantized_parameters + sum(math.prod(tensor.shape) for tensor in others)
     return CheckpointSummary(
@@ -150,9 +243,8 @@ def _summary(contents: _Contents) -> CheckpointSummary:
 
 def _layer_summary(contents: _Contents, name: str) -> LayerSummary:
     layout = contents.config.layouts[name]
-    nbytes = sum(contents.stored[f"{name}.{key}"].nbytes for key in layout.tensors())
-    bits = 8 * nbytes / (layout.n * layout.k)
-    return LayerSummary(name, layout.n, layout.k, layout.tiers, layout.overlay, bits, nbytes)
+    nbytes = {key: contents.stored[f"{name}.{key}"].nbytes for key in layout.tensors()}
+    return LayerSummary(name, layout, nbytes)
 
 
 def verify(out: Path | str, progress: Callable[[int, int], object] | None = None) -> VerifyReport:
@@ -357,6 +449,10 @@ class _Contents:
     def packed_names(self) -> set[str]:
         layouts = self.config.layouts.items()
         return {f"{name}.{key}" for name, layout in layouts for key in layout.tensors()}
+
+    def refuse_unknown(self, layer: str) -> None:
+        if layer not in self.config.layouts:
+            raise CheckpointError(f"{self.out}: no quantized layer is called {layer!r}")
 
     def _check_layer(self, name: str) -> None:
         """The headers agree with the layout, before a byte of data is read."""

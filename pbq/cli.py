@@ -1,4 +1,4 @@
-"""The `pbq` command. torch and transformers are imported inside the commands, so --help is instant."""
+"""The `pbq` command. torch is imported inside the commands, so that --help is instant."""
 
 from __future__ import annotations
 
@@ -177,7 +177,10 @@ def evaluate(
         typer.Option(help="local task data: piqa/piqa.valid.jsonl, arc/ARC-Challenge-Test.jsonl"),
     ] = None,
     limit: Annotated[Optional[int], typer.Option(help="items of each task")] = None,  # noqa: UP045
-    num_fewshot: Annotated[int, typer.Option(help="examples in the prompt of each item")] = 0,
+    num_fewshot: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="examples in the prompt of each item; default: the task's own"),
+    ] = None,
     baseline: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="a second model, scored beside it (the unquantized one)"),

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, UInt8
-from pbq_kernels.layout import Tier
 from torch import Tensor
 
 from pbq.grid import Grid, QuantizedWeight, TierGrid, signs, stored
 from pbq.hessian import damp, inverse_cholesky
+from pbq_kernels.layout import Tier
 
 # fit(W [n, c] of a tier, weight [c], tier, row [n, k]: all columns as compensated) -> Grid that is
 # representable in float16
@@ -36,7 +36,7 @@ class Run:
 
 
 def processing_order(
-    tiers: Sequence[Tier], tier_of: UInt8[Tensor, "k"], importance: Float[Tensor, "k"]
+    tiers: Sequence[Tier], tier_of: UInt8[Tensor, " k"], importance: Float[Tensor, " k"]
 ) -> tuple[Tensor, list[Run]]:
     """(order int64 [k], runs): coarse tiers first, and in a tier the least important column first.
 
@@ -89,20 +89,22 @@ def reconstruct(
 
 def _round_block(W_B: Tensor, U_BB: Tensor, grid: Grid, codes: Tensor) -> Tensor:
     """Round a block of columns in place, one by one with feedback; return Err = (W-Q) U_BB⁻¹."""
-    Err = torch.empty_like(W_B)
-    for j in range(W_B.shape[1]):
-        codes[:, j : j + 1] = grid.codes(W_B[:, j : j + 1])
-        w_hat = grid.decode(codes[:, j : j + 1])[:, 0]
-        Err[:, j] = (W_B[:, j] - w_hat) / U_BB[j, j]
-        W_B[:, j + 1 :] -= torch.outer(Err[:, j], U_BB[j, j + 1 :])
-    return Err
+    columns = W_B.T.contiguous()  # [b, n]: the loop walks columns, which are rows in memory here
+    Err = torch.empty_like(columns)
+    for j, w in enumerate(columns):
+        code, w_hat = grid.nearest(w[:, None])
+        codes[:, j : j + 1] = code
+        Err[j] = (w - w_hat[:, 0]) / U_BB[j, j]
+        columns[j + 1 :].addr_(U_BB[j, j + 1 :], Err[j], alpha=-1)
+    W_B.copy_(columns.T)
+    return Err.T
 
 
 def reconstruct_naive(
     W: Tensor, U: Tensor, tiers: Sequence[Tier], runs: Sequence[Run], fit: Fit
 ) -> tuple[Tensor, list[Grid]]:
     """One column at a time, nothing deferred: the slow truth for `reconstruct`."""
-    W, codes, grids = W.clone(), torch.zeros(W.shape, dtype=torch.uint8), []
+    W, codes, grids = W.clone(), torch.zeros_like(W, dtype=torch.uint8), []
     start = 0
     for run in runs:
         stop = start + run.columns
@@ -121,26 +123,30 @@ def quantize_weight(
     W: Float[Tensor, "n k"],
     H: Float[Tensor, "k k"],
     tiers: Sequence[Tier],
-    tier_of: UInt8[Tensor, "k"],
+    tier_of: UInt8[Tensor, " k"],
     fit: Fit,
     *,
     percdamp: float = 0.01,
     block_size: int = 128,
     sweeps: int = 1,
+    feedback: bool = True,
     name: str = "weight",
 ) -> tuple[QuantizedWeight, Float[Tensor, "n k"], float]:
     """One linear from weight and Hessian to codes: sweep, joint scales, `sweeps` of descent.
 
     Returns the quantized weight, the compensated weights of the sweep (where a latent weight of a
-    straight-through estimator should start), and the damping used. sweeps=0 leaves GPTQ's result.
+    straight-through estimator should start), and the damping used. sweeps=0 leaves GPTQ's result,
+    feedback=False rounds every column on its own.
     """
+    tier_of = tier_of.to(W.device)
     order, runs = processing_order(tiers, tier_of, H.diagonal() * W.pow(2).sum(0))
-    U, damping = inverse_cholesky(H[order][:, order], percdamp, name)
+    if feedback:
+        U, damping = inverse_cholesky(H[order][:, order], percdamp, name)
+    else:
+        U, damping = torch.eye(len(H), device=H.device), 0.0
     codes, grids, compensated = reconstruct(W[:, order], U, tiers, runs, fit, block_size=block_size)
     inverse = torch.argsort(order)
-    qw = QuantizedWeight(
-        tuple(tiers), tier_of, codes[:, inverse], _collect(tiers, runs, grids, len(W))
-    )
+    qw = QuantizedWeight(tuple(tiers), tier_of, codes[:, inverse], _collect(tiers, runs, grids, W))
     if sweeps:
         H_damped = damp(H, damping)
         refit_scales(W, H_damped, qw)
@@ -151,15 +157,18 @@ def quantize_weight(
 
 
 def _collect(
-    tiers: Sequence[Tier], runs: Sequence[Run], grids: Sequence[Grid], n: int
+    tiers: Sequence[Tier], runs: Sequence[Run], grids: Sequence[Grid], like: Tensor
 ) -> list[TierGrid]:
-    """Grids of runs -> stored numbers of tiers."""
+    """Grids of runs -> stored numbers of tiers, for a weight shaped and placed `like` [n, k]."""
     out = []
     for t, tier in enumerate(tiers):
         mine = [grid for run, grid in zip(runs, grids, strict=True) if run.tier == t]
-        scale = torch.stack([g.scale for g in mine], 1) if mine else torch.zeros(n, 0, tier.planes)
-        offset = torch.stack([g.offset for g in mine], 1) if mine else torch.zeros(n, 0)
-        out.append(TierGrid(scale[..., :1] if tier.tied else scale, offset if tier.offset else None))
+        stored_planes = min(tier.planes, 1) if tier.tied else tier.planes
+        scale, offset = like.new_zeros(len(like), 0, stored_planes), like.new_zeros(len(like), 0)
+        if mine:
+            scale = torch.stack([grid.scale[:, :stored_planes] for grid in mine], 1)
+            offset = torch.stack([grid.offset for grid in mine], 1)
+        out.append(TierGrid(scale, offset if tier.offset else None))
     return out
 
 
@@ -177,8 +186,8 @@ def refit_scales(W: Float[Tensor, "n k"], H: Float[Tensor, "k k"], qw: Quantized
     for i, (columns, values) in enumerate(basis):
         HB = values @ H[columns]  # [n, k]
         y[:, i] = (HB * W).sum(1)
-        for j, (other, other_values) in enumerate(basis):
-            A[:, i, j] = (HB[:, other] * other_values).sum(1)
+        for j, (other, other_values) in enumerate(basis[: i + 1]):
+            A[:, i, j] = A[:, j, i] = (HB[:, other] * other_values).sum(1)
     ridge = 1e-5 * A.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-20)
     A_ridge = A + ridge[:, None, None] * torch.eye(S, device=W.device)
     new = stored(torch.linalg.solve(A_ridge, y))
@@ -193,7 +202,7 @@ def _quadratic(A: Tensor, y: Tensor, theta: Tensor) -> Tensor:
 
 
 def _basis(qw: QuantizedWeight) -> list[tuple[Tensor, Tensor]]:
-    """(columns, values [n, c]) that each stored number multiplies; None of them for big groupings."""
+    """(columns, values [n, c]) that each stored number multiplies; none for big groupings."""
     if sum(t.scales + t.offsets for t in qw.tiers) > MAX_JOINT_SCALES:
         return []
     out = []
@@ -204,8 +213,9 @@ def _basis(qw: QuantizedWeight) -> list[tuple[Tensor, Tensor]]:
             sigma = signs(tier.planes, qw.codes.device)[qw.codes[:, chosen].long()]  # [n, c, p]
             if qw.column_scale is not None:
                 sigma = sigma * qw.column_scale[chosen, None]
-            if tier.tied:
-                sigma = (sigma * 2.0 ** torch.arange(tier.planes)).sum(-1, keepdim=True)
+            if tier.tied and tier.planes:
+                power = 2.0 ** torch.arange(tier.planes, device=sigma.device)
+                sigma = (sigma * power).sum(-1, keepdim=True)
             out += [(chosen, sigma[..., s]) for s in range(sigma.shape[-1])]
     for t, tier in enumerate(qw.tiers):
         columns, group_of = qw.columns(t), tier.group_of_column().to(qw.codes.device)
@@ -245,29 +255,31 @@ def coordinate_descent(
     """
     W_hat = qw.dequantize()
     G = (W_hat - W) @ H
-    scale = torch.ones(W.shape[1]) if qw.column_scale is None else qw.column_scale
+    scale = W.new_ones(W.shape[1]) if qw.column_scale is None else qw.column_scale
+    # a column that is never fed, or is multiplied by zero, has no best code: it keeps its own
+    alive = (scale != 0) & (H.diagonal() > 0)
     for t, tier in enumerate(qw.tiers):
         columns, group_of = qw.columns(t), tier.group_of_column().to(qw.codes.device)
         for group in range(tier.groups if tier.planes else 0):
             grid = qw.grids[t].grid(tier, group)
-            chosen = columns[group_of == group]
-            for start in range(0, len(chosen), block_size):
-                block = chosen[start : start + block_size]
+            chosen = columns[(group_of == group) & alive[columns]]
+            for block in chosen.split(block_size):
                 _descend_block(W_hat, G, H, grid, block, qw.codes, scale)
 
 
 def _descend_block(
     W_hat: Tensor, G: Tensor, H: Tensor, grid: Grid, block: Tensor, codes: Tensor, scale: Tensor
 ) -> None:
-    G_B, H_BB, before = G[:, block], H[block][:, block], W_hat[:, block]
-    W_B, codes_B = before.clone(), codes[:, block]
-    for j, c in enumerate(scale[block].tolist()):
-        if c == 0:
-            continue
-        best = (W_B[:, j] - G_B[:, j] / H_BB[j, j]) / c
-        codes_B[:, j : j + 1] = grid.codes(best[:, None])
-        w_hat = grid.decode(codes_B[:, j : j + 1])[:, 0] * c
-        G_B += torch.outer(w_hat - W_B[:, j], H_BB[j])
-        W_B[:, j] = w_hat
-    codes[:, block], W_hat[:, block] = codes_B, W_B
-    G += (W_B - before) @ H[block]
+    H_BB, before, scale_B = H[block][:, block], W_hat[:, block], scale[block]
+    # [b, n], as in _round_block; a clone, since .contiguous() would share the memory of a vector
+    columns = before.T.clone(memory_format=torch.contiguous_format)
+    G_B = G[:, block].T.contiguous()
+    for j, w in enumerate(columns):
+        best = (w - G_B[j] / H_BB[j, j]) / scale_B[j]
+        code, level = grid.nearest(best[:, None])
+        codes[:, block[j]] = code[:, 0]
+        w_hat = level[:, 0] * scale_B[j]
+        G_B.addr_(H_BB[j], w_hat - w)
+        columns[j] = w_hat
+    W_hat[:, block] = columns.T
+    G += (columns.T - before) @ H[block]

@@ -7,8 +7,9 @@ from functools import cached_property
 
 import torch
 from jaxtyping import Float, UInt8
-from pbq_kernels.layout import Tier, WeightLayout
 from torch import Tensor
+
+from pbq_kernels.layout import Tier, WeightLayout
 
 
 def stored(x: Tensor) -> Tensor:
@@ -24,25 +25,33 @@ class Grid:
     """
 
     scale: Float[Tensor, "n p"]
-    offset: Float[Tensor, "n"]
+    offset: Float[Tensor, " n"]
 
     @cached_property
     def _sorted(self) -> tuple[Tensor, Tensor, Tensor]:
         """Levels in rising order [n, 2**p], the midpoints between them, and the code of each."""
         levels, codes = self.levels().sort(dim=1)
-        return levels, ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous(), codes
+        middle = ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
+        return levels, middle, codes.to(torch.uint8)
 
     def levels(self) -> Float[Tensor, "n l"]:
-        return self.offset[:, None] + self.scale @ signs(self.scale.shape[1], self.scale.device).T
+        # plane after plane, as the packed reference adds them: a matmul may round differently
+        planes = self.scale.shape[1]
+        sigma, levels = signs(planes, self.scale.device), self.offset[:, None]
+        for p in range(planes):
+            levels = levels + self.scale[:, p : p + 1] * sigma[:, p]
+        return levels
+
+    def nearest(self, w: Float[Tensor, "n c"]) -> tuple[UInt8[Tensor, "n c"], Float[Tensor, "n c"]]:
+        """(code, level) nearest to every entry; halfway between two levels, the lower one."""
+        levels, middle, code = self._sorted
+        # several searches at once want rows in memory order
+        rank = torch.searchsorted(middle, w.contiguous())
+        return code.gather(1, rank), levels.gather(1, rank)
 
     def codes(self, w: Float[Tensor, "n c"]) -> UInt8[Tensor, "n c"]:
         """The nearest level's code of every entry."""
-        if self.scale.shape[1] == 0:
-            return torch.zeros(w.shape, dtype=torch.uint8, device=w.device)
-        _, middle, code = self._sorted
-        # several searches at once want rows in memory order
-        rank = torch.searchsorted(middle, w.contiguous())
-        return code.gather(1, rank).to(torch.uint8)
+        return self.nearest(w)[0]
 
     def decode(self, codes: UInt8[Tensor, "n c"]) -> Float[Tensor, "n c"]:
         return self.levels().gather(1, codes.long())
@@ -54,9 +63,15 @@ def signs(planes: int, device: torch.device | str = "cpu") -> Float[Tensor, "l p
     return ((code[:, None] >> torch.arange(planes, device=device)) & 1).float() * 2 - 1
 
 
+def _sigma(codes: UInt8[Tensor, "n c"], planes: int) -> Float[Tensor, "n p c"]:
+    """+1 or -1 of every plane of every code."""
+    plane = torch.arange(planes, dtype=torch.uint8, device=codes.device)
+    return ((codes[:, None, :] >> plane[:, None]) & 1).float() * 2 - 1
+
+
 @dataclass(eq=False)
 class TierGrid:
-    """The stored numbers of one tier. scale [n, groups, 1 or planes], offset [n, groups] or None."""
+    """The stored numbers of one tier: scale [n, groups, 1 or planes], offset [n, groups] if any."""
 
     scale: Float[Tensor, "n g s"]
     offset: Float[Tensor, "n g"] | None
@@ -79,10 +94,10 @@ class QuantizedWeight:
     """
 
     tiers: tuple[Tier, ...]
-    tier_of: UInt8[Tensor, "k"]
+    tier_of: UInt8[Tensor, " k"]
     codes: UInt8[Tensor, "n k"]
     grids: list[TierGrid]
-    column_scale: Float[Tensor, "k"] | None = None
+    column_scale: Float[Tensor, " k"] | None = None
 
     def layout(self) -> WeightLayout:
         n, k = self.codes.shape
@@ -103,7 +118,7 @@ class QuantizedWeight:
 
 
 def fit_planes(
-    W: Float[Tensor, "n c"], weight: Float[Tensor, "c"], planes: int, iterations: int = 8
+    W: Float[Tensor, "n c"], weight: Float[Tensor, " c"], planes: int, iterations: int = 8
 ) -> Grid:
     """Free plane scales by weighted alternating least squares: greedy residual start, then Lloyd.
 
@@ -116,24 +131,22 @@ def fit_planes(
         scale[:, p] = residual.abs() @ share
         residual -= scale[:, p : p + 1] * torch.where(residual >= 0, 1.0, -1.0)
     zero = W.new_zeros(n)
-    sigma_of = signs(planes, W.device)
     # one plane has its optimum in closed form: the mean of |W|
     for _ in range(iterations if planes > 1 else 0):
-        sigma = sigma_of[Grid(scale, zero).codes(W).long()]  # [n, c, p]
-        weighted = sigma * share[:, None]
-        A = weighted.transpose(1, 2) @ sigma + 1e-6 * torch.eye(planes, device=W.device)
-        b = (weighted * W[..., None]).sum(1)
-        scale = torch.linalg.solve(A, b)
+        sigma = _sigma(Grid(scale, zero).codes(W), planes)
+        weighted = sigma * share
+        A = weighted @ sigma.transpose(1, 2) + 1e-6 * torch.eye(planes, device=W.device)
+        scale = torch.linalg.solve(A, (weighted @ W[..., None])[..., 0])
     return Grid(stored(scale), zero)
 
 
 def fit_uniform(
-    W: Float[Tensor, "n c"], weight: Float[Tensor, "c"], planes: int, *, search: bool = True
+    W: Float[Tensor, "n c"], weight: Float[Tensor, " c"], planes: int, *, search: bool = True
 ) -> Grid:
     """Equally spaced levels with an offset: asymmetric min-max that includes zero (PTQ1.61, 1b).
 
-    With `search`, the range of each row is shrunk to the least weighted squared error (12 steps to
-    half), then step and offset are refined by least squares on the codes found.
+    With `search`, the range of each row is shrunk to the least weighted squared error (12 steps, to
+    0.4), then step and offset are refined by least squares on the codes found.
     """
     steps = 2**planes - 1
     low, high = W.amin(1).clamp(max=0), W.amax(1).clamp(min=0)
@@ -142,7 +155,8 @@ def fit_uniform(
         return best
     share = weight / weight.sum()
     error = ((W - best.decode(best.codes(W))) ** 2) @ share
-    for shrink in torch.linspace(0.95, 0.4, 12).tolist():
+    for step_down in range(12):
+        shrink = 0.95 - 0.05 * step_down
         grid = _uniform(low * shrink, high * shrink, planes)
         e = ((W - grid.decode(grid.codes(W))) ** 2) @ share
         better = e < error

@@ -70,11 +70,14 @@ def inverse_cholesky(
 
 
 def _inverse_cholesky(H_damped: Tensor) -> Tensor | None:
-    L, failed = torch.linalg.cholesky_ex(H_damped)
+    # H = RRᵀ with R upper, from the factor of H read backwards; then H⁻¹ = R⁻ᵀR⁻¹ and U = R⁻¹.
+    # H⁻¹ is never formed: its factor would carry the square of this error.
+    L, failed = torch.linalg.cholesky_ex(H_damped.flip(0, 1))
     if failed:
         return None
-    U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
-    return None if failed or not torch.isfinite(U).all() else U
+    identity = torch.eye(len(L), device=L.device, dtype=L.dtype)
+    U = torch.linalg.solve_triangular(L, identity, upper=False).flip(0, 1)
+    return U if torch.isfinite(U).all() else None
 
 
 def proxy_loss(

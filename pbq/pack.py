@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import torch
-from pbq_kernels.layout import PackedWeight, pack_codes, unpack_codes
 from torch import Tensor
 
 from pbq.grid import QuantizedWeight, TierGrid
+from pbq_kernels.layout import PackedWeight, Tier, check_tensors, pack_codes, unpack_codes
 
 
 def pack(qw: QuantizedWeight) -> PackedWeight:
-    """Lay a quantized weight out as the file holds it. Scales must be representable in float16."""
+    """Lay a quantized weight out as the file holds it.
+
+    Raises ValueError when a scale is not representable in float16 or a code has more bits than its
+    tier, PackedFormatError when `tier_of` and `tiers` disagree.
+    """
     layout = qw.layout()
-    rows = [
-        pack_codes(qw.codes[:, qw.columns(t)], tier.planes) for t, tier in enumerate(qw.tiers)
-    ]
+    rows = [_packed_codes(qw.codes[:, qw.columns(t)], tier) for t, tier in enumerate(qw.tiers)]
     tensors: dict[str, Tensor] = {"weight": torch.cat(rows, 1).contiguous()}
+    # an empty tier stores nothing, though it may be of a kind that has scales and offsets
     scales = [grid.scale.flatten(1) for grid in qw.grids if grid.scale.numel()]
-    offsets = [grid.offset for grid in qw.grids if grid.offset is not None]
+    offsets = [g.offset for g in qw.grids if g.offset is not None and g.offset.numel()]
     if scales:
         tensors["scale"] = _half(torch.cat(scales, 1))
     if offsets:
@@ -26,19 +29,28 @@ def pack(qw: QuantizedWeight) -> PackedWeight:
         tensors["tier"] = qw.tier_of.clone()
     if qw.column_scale is not None:
         tensors["column_scale"] = _half(qw.column_scale)
+    check_tensors(layout, tensors, values=True)
     return PackedWeight(layout, tensors)
+
+
+def _packed_codes(codes: Tensor, tier: Tier) -> Tensor:
+    if codes.numel() and int(codes.max()) >= 2**tier.planes:
+        raise ValueError(f"code {int(codes.max())} does not fit in {tier.planes} planes")
+    return pack_codes(codes, tier.planes)
 
 
 def _half(x: Tensor) -> Tensor:
     half = x.half()
     if not torch.equal(half.float(), x.float()):
-        raise ValueError("scales must be rounded to float16 before packing")
+        raise ValueError("scales must be finite and rounded to float16 before packing")
     return half.contiguous()
 
 
 def unpack(pw: PackedWeight) -> QuantizedWeight:
-    """Inverse of `pack`."""
+    """Inverse of `pack`. Raises ValueError on an overlay, which a QuantizedWeight does not hold."""
     layout, tensors = pw.layout, pw.tensors
+    if layout.overlay:
+        raise ValueError(f"a weight with {layout.overlay} overlay entries cannot be unpacked")
     n, k = layout.n, layout.k
     device = tensors["weight"].device
     tier_of = tensors.get("tier", torch.zeros(k, dtype=torch.uint8, device=device))
@@ -50,10 +62,11 @@ def unpack(pw: PackedWeight) -> QuantizedWeight:
         data = tensors["weight"][:, byte : byte + tier.row_bytes]
         codes[:, columns] = unpack_codes(data, tier.planes, tier.columns)
         byte += tier.row_bytes
-        stored_scale = torch.zeros(n, tier.groups, 0, device=device)
+        stored_planes = min(tier.planes, 1) if tier.tied else tier.planes
+        stored_scale = torch.zeros(n, tier.groups, stored_planes, device=device)
         if tier.scales:
             part = tensors["scale"][:, scale : scale + tier.scales].float()
-            stored_scale = part.reshape(n, tier.groups, -1)
+            stored_scale = part.reshape(stored_scale.shape)
         stored_offset = None
         if tier.offset:
             stored_offset = (

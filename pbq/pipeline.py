@@ -367,7 +367,7 @@ class _Functional:
 
 
 def _norms(block: nn.Module) -> dict[str, Tensor]:
-    """Gains of the block's norms: parameters that stay as they are stored, so tuning them is free."""
+    """Gains of the block's norms: they are stored anyway, so tuning them costs no bits."""
     return {
         f"{name}.weight": module.weight
         for name, module in block.named_modules()

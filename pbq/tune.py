@@ -1,7 +1,7 @@
-"""Optimisation by gradient: scales (and signs) of a block against the original block; distillation.
+"""Optimisation by gradient: scales (and signs) of a block against the original block.
 
-Nothing here knows a model: a block is a function of weights and inputs (torch.func.functional_call),
-and the weights are made from codes and scales on every step.
+Nothing here knows a model: a block is a function of weights and inputs, and the weights are made
+from codes and scales on every step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Rates:
 
     lr: of scales, offsets and column scales, relative to their size. norm_lr: of the norms.
     latent_lr: of latent weights, 0 freezes the codes. row_lr: of one more factor a row, on scale
-    and offset together (PTQ1.61's α_r1). only_planes: train only the tiers with so many planes.
+    and offset together (PTQ1.61's alpha_r1). only_planes: train only the tiers with so many planes.
     constant: no warm-up, no decay.
     """
 
@@ -87,8 +87,8 @@ class TunableWeight(nn.Module):
     """A QuantizedWeight whose numbers, and with `latent` whose codes, can be trained.
 
     Kept transposed, a tier being consecutive rows [c, n]: columns of W are rows here, so that
-    putting them back in order copies whole rows. Scales train as factors around 1, which gives every
-    row and plane the same relative step.
+    putting them back in order copies whole rows. Scales train as factors around 1, which
+    gives every row and plane the same relative step.
     """
 
     def __init__(self, qw: QuantizedWeight, latent: Tensor | None = None) -> None:

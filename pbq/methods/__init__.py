@@ -10,7 +10,6 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Protocol
 
-from pbq_kernels.layout import Tier
 from torch import Tensor
 
 from pbq.allocate import LayerPlan, PlanInput
@@ -18,6 +17,7 @@ from pbq.config import QuantConfig
 from pbq.errors import UsageError
 from pbq.grid import Grid
 from pbq.tune import Recipe
+from pbq_kernels.layout import Tier
 
 
 class Method(Protocol):

@@ -1,7 +1,7 @@
 """PTQ1.61 (Zhao et al., ACL 2025, arXiv 2502.13179): salient channels 4 bit, the rest binary.
 
 What the paper does: the 20 % of input channels with the largest activation keep 4 bits
-(asymmetric, per row); the rest is sign(W - μ) with learnable scales, tuned block by block against
+(asymmetric, per row); the rest is sign(W - mu) with learnable scales, tuned block by block against
 the original block on original and on quantized inputs (MSE - log cosine). `faithful` is that, with
 the true bits it stores.
 
@@ -93,7 +93,7 @@ class Ptq161:
 
 
 def _paper_binary(W: Tensor) -> Grid:
-    """α = mean |W|, level μ ± α with μ the row mean: as coded, α is not taken from |W - μ|."""
+    """mu ± mean |W| with mu the row mean; as coded, the mean is not of |W - mu|."""
     return Grid(stored(W.abs().mean(1, keepdim=True)), stored(W.mean(1)))
 
 
