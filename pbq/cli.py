@@ -147,9 +147,9 @@ def plan(
 def _print_plan(
     console: Console, model: str, config: QuantConfig, trust_remote_code: bool, as_json: bool
 ) -> None:
-    from pbq import pipeline
+    from pbq import planning
 
-    planned = pipeline.plan(model, config, trust_remote_code=trust_remote_code)
+    planned = planning.plan(model, config, trust_remote_code=trust_remote_code)
     if as_json:
         print(json.dumps(planned.to_dict()))
     else:

@@ -58,6 +58,18 @@ def load_model(
     return model, _load_tokenizer(source, trust_remote_code)
 
 
+def outline(source: Source, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model on the meta device: every shape, no weight. Raises ModelError, DataError."""
+    config = _load_config(source, trust_remote_code)
+    _check_unquantized(source, config, packed=False)
+    _check_causal(source, config)
+    dtype = compute_dtype(source, torch.device("cpu"))
+    with _refusing(source, "cannot be built"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+
+
 def compute_dtype(source: Source, device: torch.device) -> torch.dtype:
     """The checkpoint's own dtype; bfloat16 for GGUF, and for float16 on a CPU, which has no
     fast float16 matmul. Raises ModelError."""
@@ -126,9 +138,7 @@ def _load_weights(
             output_loading_info=True,
             **source.loading_arguments(),
         )
-    if info["missing_keys"]:
-        first, count = min(info["missing_keys"]), len(info["missing_keys"])
-        raise ModelError(f"{source.name}: {count} tensors are missing from its files, as {first}")
+    pbq.hf.refuse_missing(source.name, info)
     if info["unexpected_keys"]:
         log.info("%s: tensors not used: %s", source.name, sorted(info["unexpected_keys"]))
     return model.eval()

