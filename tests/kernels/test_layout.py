@@ -74,6 +74,19 @@ def test_the_golden_bytes_mean_the_golden_weight() -> None:
     assert pw.stored_bits == EXAMPLE.stored_bits == 8 * (6 + 24 + 4 + 10)
 
 
+def test_the_specification_shows_the_golden_bytes() -> None:
+    text = Path(__file__).parents[2].joinpath("docs", "format.md").read_text()
+    shown = text.partition("## Example")[2]
+    described = shown.partition("`")[2].partition("`")[0]
+    assert WeightLayout.from_dict(json.loads(described)) == EXAMPLE
+    hex_text = "".join(shown.split())
+    for name, spec in EXAMPLE.tensors().items():
+        data = EXAMPLE_BYTES[name].replace(" ", "")
+        row = 2 * spec.nbytes // (1 if name == "tier" else EXAMPLE.n)
+        assert all(data[i : i + row] in hex_text for i in range(0, len(data), row))
+    assert "f3 f1 7f" in shown
+
+
 def test_the_golden_codes_become_the_golden_bytes() -> None:
     parts = [
         pack_codes(torch.tensor(codes, dtype=torch.uint8), EXAMPLE.tiers[i].planes)
