@@ -412,6 +412,35 @@ class _Stub(nn.Module):
         return self.__dict__["take"](kwargs.pop("hidden_states", None), (), kwargs)
 
 
+@torch.no_grad()
+def run_tail(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor, hidden: Tensor) -> Tensor:
+    """Logits [b, L, vocabulary] of `hidden` [b, L, d], the output of the last block for `ids`.
+
+    Runs what lies around the blocks (final norm, head, soft caps) and no block. Raises ModelError.
+    """
+    real = list(blocks)
+    try:
+        for returns in (_bare, _in_tuple):
+            entered: list[Any] = []
+
+            def take(x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                entered.append(x)  # noqa: B023
+                if x is not entered[0]:  # noqa: B023
+                    raise _Misfit
+                return returns(hidden if len(entered) == len(real) else x)  # noqa: B023
+
+            for i, block in enumerate(real):
+                blocks[i] = _Stub(block, take)
+            try:
+                return model(ids, use_cache=False).logits
+            except (_Misfit, ValueError, TypeError, IndexError, RuntimeError, AttributeError):
+                continue
+    finally:
+        for i, block in enumerate(real):
+            blocks[i] = block
+    raise ModelError(f"{type(model).__name__}: its head cannot be run on given hidden states")
+
+
 def _append_calls(recorded: list[list[Call]], calls: Sequence[Call]) -> None:
     """Append one call to every block's list; tensors equal to the last batch's are taken from it.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,13 +36,14 @@ from pbq.models import (
     pick_device,
     record_calls,
     run_block,
+    run_tail,
     set_weight,
     weight_of,
 )
 from pbq.pack import pack, unpack
 from pbq.report import RunReport, write_checkpoint
 from pbq.sources import resolve_source
-from pbq.tune import TunableWeight, tune_block
+from pbq.tune import TunableWeight, distill, tune_block
 from pbq.work import Work, check_target
 from pbq_kernels import PackedWeight, WeightLayout
 
@@ -248,7 +249,73 @@ class _Run:
             with self.report.timed("blocks"):
                 packed |= self._block(work, block, name, i, recording.calls[i][0], streams, plans)
             self.observer.step(i + 1, len(self.blocks))
+        if self.recipe.distillation is not None:
+            packed = self._distil(work, packed, rows, streams.fp)
         return packed
+
+    def _distil(
+        self,
+        work: Work,
+        packed: Mapping[str, PackedWeight],
+        rows: Sequence[Tensor],
+        hidden: Sequence[Tensor],
+    ) -> dict[str, PackedWeight]:
+        """Train the whole model towards the original, whose last hidden states are `hidden`."""
+        settings = self.recipe.distillation
+        assert settings is not None
+        linears = self.linears()
+        if work.has("distillation"):
+            tensors, meta = work.load("distillation")
+        else:
+            self.observer.stage("distillation", settings.steps)
+            with self.report.timed("distillation"):
+                tensors, meta = self._train(packed, rows, hidden, linears)
+            work.save("distillation", tensors, meta)
+        self.report.distillation = meta["tuned"]
+        found = _unflatten(tensors, {n: pw.layout for n, pw in packed.items()})
+        for name, pw in found.items():
+            set_weight(linears[name], unpack(pw).dequantize())
+        _copy_norms(self.model, tensors)
+        return found
+
+    def _train(
+        self,
+        packed: Mapping[str, PackedWeight],
+        rows: Sequence[Tensor],
+        hidden: Sequence[Tensor],
+        linears: Mapping[str, nn.Module],
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        settings = self.recipe.distillation
+        assert settings is not None
+
+        def student(W: Mapping[str, Tensor], gains: Mapping[str, Tensor], i: int) -> Tensor:
+            called = _Functional(self.model, linears, W, gains)
+            return called(rows[i], use_cache=False).logits
+
+        # functional: the model keeps its own final norm, so the target does not move
+        norms = {n: p.detach().clone() for n, p in _norms(self.model).items()}
+
+        def teacher(i: int) -> Tensor:
+            return run_tail(self.model, self.blocks, rows[i], hidden[i])
+
+        weights = {n: TunableWeight(unpack(pw)) for n, pw in packed.items()}
+        found, gains, tuned = distill(
+            student,
+            teacher,
+            weights,
+            norms,
+            len(rows),
+            settings,
+            self.config.seed,
+            progress=self.observer.step,
+        )
+        self.observer.line(
+            f"distillation  held-out KL {tuned.before:.4f} -> {tuned.after:.4f} nats"
+            + ("" if tuned.kept else ", not kept")
+        )
+        tensors = _flatten({n: pack(qw) for n, qw in found.items()})
+        tensors |= {f"norm.{n}": gain for n, gain in gains.items()}
+        return tensors, {"tuned": dataclasses.asdict(tuned)}
 
     def _block(
         self,
@@ -343,7 +410,7 @@ class _Run:
 
 
 class _Functional:
-    """A block called with other weights: run_block sees a module, autograd sees the weights."""
+    """A module called with other weights: the caller sees a module, autograd sees the weights."""
 
     def __init__(
         self,
@@ -390,17 +457,30 @@ def _restore(
 ) -> tuple[dict[str, PackedWeight], dict[str, Any]]:
     """A finished block from `work`: its packed weights, and its dense values put in place."""
     tensors, meta = work.load(key)
-    packed = {}
+    device = next(block.parameters()).device
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    layouts = {n: WeightLayout.from_dict(found["layout"]) for n, found in meta["layers"].items()}
+    packed = _unflatten(tensors, layouts)
     for name, module in find_linears(block).items():
-        layout = WeightLayout.from_dict(meta["layers"][name]["layout"])
-        device = weight_of(module).device
-        own = {key: tensors[f"{name}.{key}"].to(device) for key in layout.tensors()}
-        packed[name] = PackedWeight(layout, own)
         set_weight(module, unpack(packed[name]).dequantize())
-    with torch.no_grad():
-        for name, parameter in _norms(block).items():
-            parameter.copy_(tensors[f"norm.{name}"])
+    _copy_norms(block, tensors)
     return packed, meta
+
+
+def _unflatten(
+    tensors: Mapping[str, Tensor], layouts: Mapping[str, WeightLayout]
+) -> dict[str, PackedWeight]:
+    """Inverse of `_flatten`."""
+    return {
+        name: PackedWeight(layout, {key: tensors[f"{name}.{key}"] for key in layout.tensors()})
+        for name, layout in layouts.items()
+    }
+
+
+@torch.no_grad()
+def _copy_norms(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for name, parameter in _norms(module).items():
+        parameter.copy_(tensors[f"norm.{name}"])
 
 
 def _digest(model: nn.Module) -> str:

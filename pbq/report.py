@@ -44,6 +44,7 @@ class RunReport:
     before: Perplexity | None = None
     after: Perplexity | None = None
     blocks: list[dict[str, Any]] = field(default_factory=list)
+    distillation: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from pbq.grid import Grid, QuantizedWeight, TierGrid, signs, stored
 
@@ -55,12 +56,10 @@ class BlockTuning(Rates):
 class Distillation(Rates):
     """End-to-end training against the original model's next-token distribution.
 
-    steps: of `batch` rows of `seqlen` tokens each.
+    steps: of one batch of calibration rows each.
     """
 
     steps: int
-    batch: int = 2
-    seqlen: int = 512
 
 
 @dataclass(frozen=True)
@@ -273,37 +272,30 @@ class Tuned:
     kept: bool
 
 
-def tune_block(
-    run: RunBlock,
+def optimise(
+    loss: Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor]], Tensor],
     weights: Mapping[str, TunableWeight],
-    norms: dict[str, Tensor],
-    inputs: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    second: Sequence[Tensor] | None,
-    tuning: BlockTuning,
+    norms: Mapping[str, Tensor],
+    *,
+    rows: int,
+    steps: Callable[[int], int],
+    rates: Rates,
     seed: int,
     progress: Progress | None = None,
 ) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], Tuned]:
-    """Train a block's scales (codes too where a latent is given) and norms; keep the better state.
+    """Train weights and norms on `loss(row, dense weights, norm gains)`; keep the better state.
 
-    inputs: hidden states behind the quantized blocks. targets: the original block on the original
-    inputs. second: the original block on `inputs`, for the dual loss. One row in sixteen is held
-    out; if training does not lower the loss there, the weights come back as they were.
+    One row in sixteen is held out (one at least); `steps` says how many steps to take over the
+    others, in shuffled epochs. If training does not lower the held-out loss of what would be
+    stored, everything comes back as it was.
     """
     masters = {name: nn.Parameter(w.detach().float()) for name, w in norms.items()}
-    groups = [g for w in weights.values() for g in w.groups(tuning)]
-    groups.append((list(masters.values()), tuning.norm_lr))
-    loss_of = LOSSES[tuning.loss]
-
-    def loss(i: int, W: Mapping[str, Tensor], gains: Mapping[str, Tensor]) -> Tensor:
-        y = run(W, gains, inputs[i])
-        first = loss_of(y, targets[i])
-        return first if second is None else first + loss_of(y, second[i])
-
+    groups = [group for w in weights.values() for group in w.groups(rates)]
+    groups.append((list(masters.values()), rates.norm_lr))
     generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(inputs), generator=generator).tolist()
-    count = max(1, len(inputs) // 16) if len(inputs) > 1 else 0
-    held_out, train = shuffled[:count] or shuffled, shuffled[count:]
+    shuffled = torch.randperm(rows, generator=generator).tolist()
+    count = max(1, rows // 16) if rows > 1 else 0
+    held_out, train = shuffled[:count] or shuffled, shuffled[count:] or shuffled
 
     @torch.no_grad()
     def score(W: Mapping[str, QuantizedWeight], gains: Mapping[str, Tensor]) -> float:
@@ -312,8 +304,8 @@ def tune_block(
 
     start = {name: w.freeze() for name, w in weights.items()}
     before = score(start, norms)
-    total = max(1, round(tuning.epochs * len(train)))
-    schedule = Schedule(groups, total, constant=tuning.constant)
+    total = max(1, steps(len(train)))
+    schedule = Schedule(groups, total, constant=rates.constant)
     for step in range(total):
         if step % len(train) == 0:
             order = torch.randperm(len(train), generator=generator).tolist()
@@ -325,5 +317,96 @@ def tune_block(
     gains = {name: m.detach().to(norms[name].dtype) for name, m in masters.items()}
     after = score(end, gains)
     if not after < before:
-        return start, norms, Tuned(before, after, kept=False)
+        return start, dict(norms), Tuned(before, after, kept=False)
     return end, gains, Tuned(before, after, kept=True)
+
+
+# run({linear: weight [n, k]}, {norm: gain [d]}, x [b, L, d]) -> the block's output
+RunBlock = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor], Tensor]
+
+
+def tune_block(
+    run: RunBlock,
+    weights: Mapping[str, TunableWeight],
+    norms: Mapping[str, Tensor],
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    second: Sequence[Tensor] | None,
+    tuning: BlockTuning,
+    seed: int,
+    progress: Progress | None = None,
+) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], Tuned]:
+    """Train a block's scales (codes too where a latent is given) and norms, see `optimise`.
+
+    inputs: hidden states behind the quantized blocks. targets: the original block on the original
+    inputs. second: the original block on `inputs`, for the dual loss.
+    """
+    loss_of = LOSSES[tuning.loss]
+
+    def loss(i: int, W: Mapping[str, Tensor], gains: Mapping[str, Tensor]) -> Tensor:
+        y = run(W, gains, inputs[i])
+        first = loss_of(y, targets[i])
+        return first if second is None else first + loss_of(y, second[i])
+
+    return optimise(
+        loss,
+        weights,
+        norms,
+        rows=len(inputs),
+        steps=lambda train: round(tuning.epochs * train),
+        rates=tuning,
+        seed=seed,
+        progress=progress,
+    )
+
+
+# logits({linear: weight}, {norm: gain}, row) -> [b, L, vocabulary]
+Student = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], int], Tensor]
+
+
+def distill(
+    student: Student,
+    teacher: Callable[[int], Tensor],
+    weights: Mapping[str, TunableWeight],
+    norms: Mapping[str, Tensor],
+    rows: int,
+    distillation: Distillation,
+    seed: int,
+    progress: Progress | None = None,
+) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], Tuned]:
+    """Train the whole model towards the original's next-token distribution, see `optimise`.
+
+    teacher(row): the original model's logits on that row, [b, L, vocabulary].
+    """
+
+    def loss(i: int, W: Mapping[str, Tensor], gains: Mapping[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            target = teacher(i)
+        return forward_kl(student(W, gains, i), target)
+
+    return optimise(
+        loss,
+        weights,
+        norms,
+        rows=rows,
+        steps=lambda train: distillation.steps,
+        rates=distillation,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def forward_kl(logits: Tensor, target: Tensor, chunk: int = 128) -> Tensor:
+    """Mean over tokens of KL(target || logits), nats.
+
+    `chunk` tokens at a time and recomputed in the backward pass: a vocabulary of 50,000 in float32
+    would otherwise take gigabytes.
+    """
+    pairs = zip(logits.flatten(0, -2).split(chunk), target.flatten(0, -2).split(chunk), strict=True)
+    parts = [checkpoint(_kl_sum, q, p, use_reentrant=False) for q, p in pairs]
+    return torch.stack(parts).sum() / logits.flatten(0, -2).shape[0]
+
+
+def _kl_sum(logits: Tensor, target: Tensor) -> Tensor:
+    log_p = target.float().log_softmax(-1)
+    return F.kl_div(logits.float().log_softmax(-1), log_p, log_target=True, reduction="sum")
