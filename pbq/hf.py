@@ -272,12 +272,26 @@ def _dense(linear: PackedLinear, dtype: torch.dtype) -> nn.Linear:
 
 
 def load(path: str, **kwargs: Any) -> PreTrainedModel:
-    """AutoModelForCausalLM.from_pretrained(path, **kwargs), for a checkpoint that pbq packed."""
+    """AutoModelForCausalLM.from_pretrained(path, **kwargs), for a checkpoint that pbq packed.
+
+    Raises ModelError, or CheckpointError for a damaged one.
+    """
     config = AutoConfig.from_pretrained(path, trust_remote_code=kwargs.get("trust_remote_code"))
     found = getattr(config, "quantization_config", None) or {}
     if found.get("quant_method") != QUANT_METHOD:
         raise ModelError(f"{path}: not a checkpoint that pbq packed")
-    return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+    refuse_missing(path, info)
+    return model
+
+
+def refuse_missing(path: str, info: Mapping[str, Any]) -> None:
+    """Raise ModelError when from_pretrained, as its loading info says, made up some tensors."""
+    missing = info["missing_keys"]
+    if missing:
+        raise ModelError(
+            f"{path}: {len(missing)} tensors are missing from its files, as {min(missing)}"
+        )
 
 
 def register() -> None:

@@ -3,8 +3,9 @@
 `architecture` (twelve dense ones) and `moe_architecture` parametrize a test. `tiny_model(name)` is
 a fresh seeded model in RAM, `tiny_checkpoint(name)` a directory with it and its tokenizer (written
 once a session: copy it before changing it), `random_packed(n, k, tiers, ...)` a PackedWeight of
-random bits. `shared_data` is the folder of real text, `real_gguf` a real small model; both skip
-when absent.
+random bits. `packed_model(name)` is a tiny model with such weights in every block linear,
+`packed_checkpoint(name)` the directory it was saved to, tokenizer included (copy before changing).
+`shared_data` is the folder of real text, `real_gguf` a real small model; both skip when absent.
 """
 
 from __future__ import annotations
@@ -176,6 +177,46 @@ def build_random_packed(
 def random_packed() -> Callable[..., PackedWeight]:
     """random_packed(n, k, tiers, seed=, column_scale=, overlay=): see `build_random_packed`."""
     return build_random_packed
+
+
+def build_packed_model(architecture: str, **changes: object) -> PreTrainedModel:
+    from pbq.hf import PbqConfig, install
+    from pbq.models import find_blocks, find_linears, weight_of
+
+    model = build_tiny_model(architecture, **changes)
+    name, blocks = find_blocks(model)
+    packed = {
+        f"{name}.{linear_name}": (
+            build_random_packed(*weight_of(linear).shape, seed=seed, column_scale=seed % 2 == 0),
+            linear.bias,
+        )
+        for seed, (linear_name, linear) in enumerate(find_linears(blocks).items())
+    }
+    return install(model, packed, PbqConfig("random", 6.0, provenance={"source": architecture}))
+
+
+@pytest.fixture(scope="session")
+def packed_model() -> Callable[..., PreTrainedModel]:
+    """packed_model(architecture, **config changes): float32, every block linear packed."""
+    return build_packed_model
+
+
+@pytest.fixture(scope="session")
+def packed_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
+) -> Callable[[str], Path]:
+    """packed_checkpoint(architecture): the directory of `packed_model` and its tokenizer."""
+    written: dict[str, Path] = {}
+
+    def write(architecture: str) -> Path:
+        if architecture not in written:
+            path = tmp_path_factory.mktemp(f"packed-{architecture}")
+            build_packed_model(architecture).save_pretrained(path)
+            tiny_tokenizer.save_pretrained(path)
+            written[architecture] = path
+        return written[architecture]
+
+    return write
 
 
 @pytest.fixture(scope="session")
