@@ -1,0 +1,115 @@
+"""The bits budget: as many fine columns as the stored bytes allow, and honest refusals."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pbq.allocate import LayerPlan, most_columns, stored_bits, tiers_of
+from pbq.errors import UsageError
+from pbq_kernels.layout import Tier, WeightLayout
+
+SHAPES = [(576, 192), (192, 576), (1536, 576), (576, 1536), (64, 33), (33, 577), (1, 1), (8, 9)]
+
+
+def ptq161(k):
+    return lambda c: (Tier(1, k - c), Tier(4, c, tied=True, offset=True))
+
+
+def two_and_one(k):
+    return lambda c: (Tier(1, k - c, group_size=64), Tier(2, c, group_size=32))
+
+
+def three_and_pruned(k):
+    return lambda c: (Tier(0, k - c), Tier(3, c))
+
+
+def bits_of(n, k, tiers):
+    return WeightLayout(n, k, tiers).bits_per_weight
+
+
+def largest_by_trying_all(n, k, bits, tiers_for):
+    return max((c for c in range(k + 1) if bits_of(n, k, tiers_for(c)) <= bits), default=None)
+
+
+@pytest.mark.parametrize("mix", [ptq161, two_and_one, three_and_pruned])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_the_count_is_the_largest_that_fits(n, k, mix):
+    tiers_for = mix(k)
+    for bits in (1.2, 1.61, 2.0, 3.3, 8.0):
+        expected = largest_by_trying_all(n, k, bits, tiers_for)
+        if bits_of(n, k, tiers_for(0)) > bits:
+            with pytest.raises(UsageError):
+                most_columns(n, k, bits, tiers_for)
+        else:
+            assert most_columns(n, k, bits, tiers_for) == expected
+
+
+@given(n=st.integers(1, 700), k=st.integers(1, 200), bits=st.floats(1.0, 6.0))
+@settings(max_examples=60, deadline=None)
+def test_the_largest_on_any_shape_or_a_refusal_that_names_the_least(n, k, bits):
+    tiers_for = ptq161(k)
+    try:
+        found = most_columns(n, k, bits, tiers_for)
+    except UsageError as error:
+        least = float(re.search(r"--bits (\S+)$", str(error)).group(1))
+        assert all(bits_of(n, k, tiers_for(c)) > bits for c in range(k + 1))
+        assert bits_of(n, k, tiers_for(0)) <= least < bits_of(n, k, tiers_for(0)) + 0.001
+        most_columns(n, k, least, tiers_for)
+    else:
+        assert found == largest_by_trying_all(n, k, bits, tiers_for)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "columns"),
+    [(192, 576, 90), (576, 1536, 288), (4096, 4096, 812), (4096, 11008, 2212)],
+)
+def test_salient_channels_on_the_shapes_of_real_models(n, k, columns):
+    """15.6 % where the paper takes 20 %: masks and scales weigh more on a small layer."""
+    assert most_columns(n, k, 1.61, ptq161(k)) == columns
+
+
+def test_a_dip_of_the_cost_is_not_missed():
+    """Of 10 columns, 9 + 1 take 2 + 1 bytes a row, 8 + 2 take 1 + 1, and 0 + 10 no coarse scale."""
+    costs = [bits_of(64, 10, ptq161(10)(c)) for c in range(11)]
+    assert costs[2] < costs[1]
+    assert costs[10] < costs[9]
+    assert most_columns(64, 10, costs[2], ptq161(10)) >= 2
+    assert most_columns(64, 10, costs[10], ptq161(10)) == 10
+
+
+def test_the_refusal_names_the_layer_its_shape_and_a_figure_that_works():
+    with pytest.raises(UsageError) as caught:
+        most_columns(192, 576, 1.0, ptq161(576), "blocks.3.k_proj")
+    message = str(caught.value)
+    # 1 plane, 16/576 for the scale, 8/192 for the tier of each column: 1.0694, rounded up
+    assert message == (
+        "blocks.3.k_proj [192x576]: 1 bits cannot hold its signs and scales; "
+        "the least is --bits 1.070"
+    )
+    assert most_columns(192, 576, 1.07, ptq161(576)) == 0
+
+
+def test_tiers_of_takes_the_highest_scores_and_the_earlier_of_a_tie():
+    score = torch.tensor([1.0, 5.0, 3.0, 3.0, 5.0, 3.0])
+    assert tiers_of(score, 0).tolist() == [0] * 6
+    assert tiers_of(score, 1).tolist() == [0, 1, 0, 0, 0, 0]
+    assert tiers_of(score, 3).tolist() == [0, 1, 1, 0, 1, 0]
+    assert tiers_of(score, 6).tolist() == [1] * 6
+    assert tiers_of(score, 3).dtype == torch.uint8
+
+
+def test_model_bits_weigh_layers_by_size_and_equal_the_packed_bytes(random_packed):
+    plans = {
+        "q": LayerPlan((Tier(1, 63),), torch.zeros(63, dtype=torch.uint8)),
+        "k": LayerPlan(ptq161(96)(17), tiers_of(torch.rand(96), 17), column_scale=True),
+    }
+    rows = {"q": 5, "k": 40}
+    packed = [
+        random_packed(rows[name], len(plan.tier_of), plan.tiers, column_scale=plan.column_scale)
+        for name, plan in plans.items()
+    ]
+    expected = sum(pw.stored_bits for pw in packed) / (5 * 63 + 40 * 96)
+    assert stored_bits(plans, rows) == expected
