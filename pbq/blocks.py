@@ -7,6 +7,7 @@ fitted to make the quantized stream meet the original one (`compensate`), then r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -118,27 +119,32 @@ def residual_bases(
 
 def _keep_input(into: dict[str, Tensor], name: str, like: Tensor) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor) and args[0].shape == like.shape:
-            into[name] = args[0]
+        if args and isinstance(args[0], Tensor):
+            _keep(into, name, args[0], like)
 
     return hook
 
 
 def _keep_output(into: dict[str, Tensor], name: str, like: Tensor) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        if out.shape == like.shape:
-            into[name] = out
+        _keep(into, name, out, like)
 
     return hook
+
+
+def _keep(into: dict[str, Tensor], name: str, x: Tensor, like: Tensor) -> None:
+    """x as it is now: falcon adds to a linear's output in place, opt runs its MLP on [b*L, d]."""
+    if x.numel() == like.numel() and x.shape[-1] == like.shape[-1]:
+        into[name] = x.reshape(like.shape).clone()
 
 
 @dataclass
 class Moments:
     """Token-weighted second moments of one shared input, per token.
 
-    H = E[w x_q x_qᵀ]; cross = E[w (x_f - x_q) x_qᵀ]; and per residual linear, residual =
-    E[w (r_f - r_q) x_qᵀ] with r the residual stream its output is added to. x_f, r_f are of the
-    original model, x_q, r_q behind quantized layers, w the weight of the token.
+    H = E[w x_q x_qᵀ]; cross = E[w (x_f - x_q) x_qᵀ]; and by full name of a residual linear,
+    residual = E[w (r_f - r_q) x_qᵀ] with r the residual stream its output is added to. x_f, r_f are
+    of the original model, x_q, r_q behind quantized layers, w the weight of the token.
     """
 
     H: Tensor
@@ -192,7 +198,7 @@ class BlockQuantizer:
                 self.second = [run_block(self.block, x, self.call) for x in streams.quant]
         out = Reconstructed()
         for group in groups:
-            mine = {n: bases[n] for n in group if n in bases}
+            mine = {f"{self.name}.{n}": bases[n] for n in group if n in bases}
             moments = self._moments(group[0], mine, streams, chosen, originals)
             for linear in group:
                 self._quantize(linear, moments, plans[f"{self.name}.{linear}"], out)
@@ -201,7 +207,7 @@ class BlockQuantizer:
     def _hessian_batches(self, count: int) -> list[int]:
         """Evenly spread batches with at least `hessian_tokens` tokens between them, or all."""
         per_batch = self.config.nsamples * self.config.seqlen / count
-        wanted = min(count, max(1, round(self.recipe.hessian_tokens / per_batch)))
+        wanted = min(count, max(1, math.ceil(self.recipe.hessian_tokens / per_batch)))
         return [i * count // wanted for i in range(wanted)]
 
     @torch.no_grad()
@@ -246,7 +252,7 @@ class BlockQuantizer:
                 gap = (_flat(originals[i][base]) - _flat(seen[base])).T @ weighted
                 residual[name] = residual.get(name, 0) + gap
             total += float(w.sum())
-        if not torch.isfinite(H).all():
+        if not all(torch.isfinite(moment).all() for moment in (H, cross, *residual.values())):
             raise NumericalError(f"{self.name}.{first}: non-finite inputs on the calibration text")
         return Moments(H / total, cross / total, {n: r / total for n, r in residual.items()})
 
@@ -256,7 +262,7 @@ class BlockQuantizer:
         W = weight_of(module).float()
         target = W
         if self.recipe.compensate:
-            target = compensate(W, moments, linear, self.recipe.compensate_damp)
+            target = compensate(W, moments, name, self.recipe.compensate_damp)
         qw, latent, damping = quantize_weight(
             target,
             moments.H,
@@ -269,6 +275,8 @@ class BlockQuantizer:
             feedback=self.recipe.feedback,
             name=name,
         )
+        if plan.column_scale:
+            qw.column_scale = torch.ones_like(W[0])  # for the tuning to move
         W_hat = qw.dequantize()
         error = proxy_loss(target, W_hat, moments.H)
         set_weight(module, W_hat)

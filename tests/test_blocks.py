@@ -1,0 +1,434 @@
+"""One block: what its linears write to, the moments they are fitted to, the order they are done in.
+
+The slow truth beside `BlockQuantizer` is a copy of the original block in which the linears that
+were quantized so far have been replaced by hand: every moment is recomputed on it in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pbq import blocks as blocks_module
+from pbq.allocate import ChannelStats, LayerPlan, PlanInput
+from pbq.blocks import BlockQuantizer, Moments, Streams, _Stop, compensate, residual_bases, watch
+from pbq.config import QuantConfig
+from pbq.errors import NumericalError
+from pbq.methods import ptq161
+from pbq.models import (
+    find_blocks,
+    find_linears,
+    record_calls,
+    run_block,
+    set_weight,
+    weight_of,
+)
+from pbq.tune import BlockTuning, Recipe
+
+TinyModel = Callable[..., PreTrainedModel]
+BATCHES, ROWS, LENGTH = 3, 2, 9
+
+
+class Scene:
+    """The first block of a tiny model, its call, and two streams that differ."""
+
+    def __init__(self, model: PreTrainedModel, index: int = 0, batches: int = BATCHES) -> None:
+        model.requires_grad_(False)
+        name, blocks = find_blocks(model)
+        generator = torch.Generator().manual_seed(1)
+        ids = [torch.randint(0, 250, (ROWS, LENGTH), generator=generator) for _ in range(batches)]
+        recording = record_calls(model, blocks, ids)
+        self.name, self.block = f"{name}.{index}", blocks[index]
+        self.call = recording.calls[index][0]
+        fp = recording.hidden
+        noise = [0.1 * x.std() * torch.randn(x.shape, generator=generator) for x in fp]
+        self.streams = Streams(fp, [x + e for x, e in zip(fp, noise, strict=True)])
+        self.linears = find_linears(self.block)
+        self.config = QuantConfig(bits=2.5, nsamples=batches * ROWS, seqlen=LENGTH)
+
+    def bases(self) -> dict[str, str]:
+        return residual_bases(self.block, list(self.linears), self.streams.fp[0][:1], self.call)
+
+    def plans(self, method: ptq161.Ptq161) -> dict[str, LayerPlan]:
+        layers = {}
+        for name, linear in self.linears.items():
+            k = weight_of(linear).shape[1]
+            stats = ChannelStats(*(torch.rand(3, k, generator=torch.Generator().manual_seed(k))))
+            layers[f"{self.name}.{name}"] = PlanInput(weight_of(linear), stats)
+        return method.plan(layers, self.config)
+
+    def quantizer(self, recipe: Recipe, method: ptq161.Ptq161) -> BlockQuantizer:
+        return BlockQuantizer(
+            self.block, self.linears, self.call, method, recipe, self.config, self.name
+        )
+
+
+def hooks_of(module: nn.Module) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in module.modules())
+
+
+# --- residual bases ----------------------------------------------------------------------------
+
+LLAMA_LIKE = {"self_attn.o_proj": "", "mlp.down_proj": "post_attention_layernorm"}
+BASES: dict[str, dict[str, str]] = {
+    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "phi3"], LLAMA_LIKE),
+    "gpt2": {"attn.c_proj": "", "mlp.c_proj": "ln_2"},
+    "opt": {"self_attn.out_proj": "", "fc2": "final_layer_norm"},
+    "bloom": {
+        "self_attention.dense": "",
+        "mlp.dense_4h_to_h": "post_attention_layernorm",
+    },
+    # a norm stands between the linear and the residual stream
+    "gemma2": {},
+    "gemma3_text": {},
+    # attention and MLP are added together: neither alone makes the sum
+    "gpt_neox": {},
+    "falcon": {},
+}
+
+
+def test_residual_bases(architecture: str, tiny_model: TinyModel) -> None:
+    assert Scene(tiny_model(architecture)).bases() == BASES[architecture]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "attention", "mlp"),
+    [
+        ("gpt_neox", {"use_parallel_residual": False}, "attention.dense", "mlp.dense_4h_to_h"),
+        ("falcon", {"parallel_attn": False}, "self_attention.dense", "mlp.dense_4h_to_h"),
+    ],
+)
+def test_the_sequential_form_of_a_parallel_block_has_bases(
+    architecture: str, change: dict[str, Any], attention: str, mlp: str, tiny_model: TinyModel
+) -> None:
+    found = Scene(tiny_model(architecture, **change)).bases()
+    assert found == {attention: "", mlp: "post_attention_layernorm"}
+
+
+class Toy(nn.Module):
+    """x + scale * linear(x), the addition in place or not."""
+
+    def __init__(self, scale: float = 1.0, in_place: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.scale, self.in_place = nn.Linear(12, 12), scale, in_place
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.linear(hidden)
+        if self.scale != 1.0:
+            out = out * self.scale
+        if self.in_place:
+            out += hidden
+            return out
+        return hidden + out
+
+
+class PlainCall:
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}  # noqa: RUF012
+
+    def first(self, rows: int) -> PlainCall:
+        return self
+
+
+@pytest.mark.parametrize(
+    ("scale", "in_place", "expected"),
+    [(1.0, False, {"linear": ""}), (1.0, True, {"linear": ""}), (0.5, False, {})],
+)
+def test_a_scaled_output_has_no_base(
+    scale: float, in_place: bool, expected: dict[str, str]
+) -> None:
+    block = Toy(scale, in_place)
+    assert residual_bases(block, ["linear"], torch.randn(1, 5, 12), PlainCall()) == expected
+
+
+def test_residual_bases_leaves_no_hooks(tiny_model: TinyModel) -> None:
+    scene = Scene(tiny_model("llama"))
+    scene.bases()
+    assert hooks_of(scene.block) == 0
+    with pytest.raises(RuntimeError):
+        residual_bases(scene.block, list(scene.linears), torch.randn(1, LENGTH, 7), scene.call)
+    assert hooks_of(scene.block) == 0
+
+
+# --- watch -------------------------------------------------------------------------------------
+
+
+def test_watch_sees_the_inputs_and_stops(tiny_model: TinyModel) -> None:
+    scene = Scene(tiny_model("llama"))
+    x, ran = scene.streams.fp[0], []
+    scene.block.mlp.down_proj.register_forward_hook(lambda *a: ran.append(1))
+    own = hooks_of(scene.block)
+    names = ["self_attn.q_proj", "mlp.up_proj"]
+    with torch.no_grad(), pytest.raises(_Stop), watch(scene.block, names, stop_at=names[1]) as seen:
+        run_block(scene.block, x, scene.call)
+    assert list(seen) == names and not ran and hooks_of(scene.block) == own
+    assert torch.equal(seen[names[0]], scene.block.input_layernorm(x))
+    with pytest.raises(KeyError, match="mine"), watch(scene.block, names):
+        raise KeyError("mine")
+    assert hooks_of(scene.block) == own
+
+
+# --- compensate --------------------------------------------------------------------------------
+
+
+def moments_of(
+    x_f: Tensor, x_q: Tensor, w: Tensor, gap: Tensor | None = None, name: str = "a"
+) -> Moments:
+    """The definition, one sum after the other."""
+    total = w.sum()
+    H = (x_q * w[:, None]).T @ x_q / total
+    cross = (x_f - x_q).T @ (x_q * w[:, None]) / total
+    residual = {} if gap is None else {name: gap.T @ (x_q * w[:, None]) / total}
+    return Moments(H, cross, residual)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_compensate_solves_its_least_squares_problem(with_residual: bool) -> None:
+    n, k, m = 5, 11, 63
+    torch.manual_seed(0)
+    x_f = torch.randn(m, k, dtype=torch.float64)
+    x_q = x_f + 0.3 * torch.randn(m, k, dtype=torch.float64)
+    gap = torch.randn(m, n, dtype=torch.float64) if with_residual else None
+    W, w = torch.randn(n, k, dtype=torch.float64), torch.rand(m, dtype=torch.float64)
+    moments = moments_of(x_f, x_q, w, gap)
+    found = compensate(W, moments, "a", percdamp=0.05)
+    # every token and every damping term is one row of an ordinary least squares problem
+    damping = 0.05 * moments.H.diagonal().mean()
+    target = x_f @ W.T + (0 if gap is None else gap)
+    root = (w / w.sum()).sqrt()[:, None]
+    A = torch.cat([root * x_q, damping.sqrt() * torch.eye(k, dtype=torch.float64)])
+    b = torch.cat([root * target, damping.sqrt() * W.T])
+    expected = torch.linalg.lstsq(A, b).solution.T
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
+
+
+def test_compensate_changes_nothing_when_the_streams_are_equal() -> None:
+    torch.manual_seed(0)
+    W, x = torch.randn(5, 11), torch.randn(63, 11)
+    moments = moments_of(x, x.clone(), torch.rand(63), torch.zeros(63, 5))
+    assert torch.equal(compensate(W, moments, "a", 0.05), W)
+
+
+def test_compensate_takes_the_residual_of_its_own_layer_only() -> None:
+    torch.manual_seed(0)
+    W, x = torch.randn(5, 11), torch.randn(63, 11)
+    moments = moments_of(x, x.clone(), torch.rand(63), torch.randn(63, 5), name="another")
+    assert torch.equal(compensate(W, moments, "a", 0.05), W)
+    assert not torch.equal(compensate(W, moments, "another", 0.05), W)
+
+
+def test_compensate_names_the_layer_of_a_bad_hessian() -> None:
+    moments = Moments(-torch.eye(3), torch.zeros(3, 3), {})
+    with pytest.raises(NumericalError, match=r"layers\.7\.o_proj: H is not positive definite"):
+        compensate(torch.ones(2, 3), moments, "layers.7.o_proj", 0.05)
+
+
+# --- a whole block -----------------------------------------------------------------------------
+
+
+def run_and_record(
+    scene: Scene,
+    recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    method: ptq161.Ptq161 | None = None,
+) -> tuple[BlockQuantizer, Any, dict[str, Moments]]:
+    """Quantize the scene's block; the moments that each linear was given, by its full name."""
+    given: dict[str, Moments] = {}
+
+    def spy(W: Tensor, moments: Moments, name: str, percdamp: float) -> Tensor:
+        given[name] = moments
+        return compensate(W, moments, name, percdamp)
+
+    monkeypatch.setattr(blocks_module, "compensate", spy)
+    method = method or ptq161.Ptq161(faithful=False)
+    quantizer = scene.quantizer(recipe, method)
+    return quantizer, quantizer.run(scene.streams, scene.plans(method)), given
+
+
+ORDER = {
+    "llama": [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ],
+    "gpt2": [("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)],
+    "opt": [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.out_proj",),
+        ("fc1",),
+        ("fc2",),
+    ],
+    "falcon": [
+        ("self_attention.query_key_value",),
+        ("self_attention.dense",),
+        ("mlp.dense_h_to_4h",),
+        ("mlp.dense_4h_to_h",),
+    ],
+}
+
+
+def inputs_of(block: nn.Module, x: Tensor, call: Any) -> dict[str, Tensor]:
+    """First input of every submodule, the block itself under "", as float64 [tokens, ...]."""
+    found = {"": x}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda m, args, name=name: found.update({name: args[0]}) if args else None
+        )
+        for name, module in block.named_modules()
+        if name
+    ]
+    run_block(block, x, call)
+    for handle in handles:
+        handle.remove()
+    return {name: t.reshape(-1, t.shape[-1]).double() for name, t in found.items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("architecture", "hessian_tokens", "chosen"),
+    [
+        ("llama", 10**6, [0, 1, 2]),
+        ("llama", ROWS * LENGTH + 1, [0, 1]),
+        ("gpt2", 10**6, [0, 1, 2]),
+        ("opt", 1, [0]),
+        ("falcon", 10**6, [0, 1, 2]),
+    ],
+)
+def test_each_linear_meets_what_the_ones_before_it_really_deliver(
+    architecture: str,
+    hessian_tokens: int,
+    chosen: list[int],
+    tiny_model: TinyModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scene = Scene(tiny_model(architecture))
+    original = copy.deepcopy(scene.block)
+    recipe = Recipe(hessian_tokens=hessian_tokens)
+    quantizer, done, given = run_and_record(scene, recipe, monkeypatch)
+    targets = [run_block(original, x, scene.call) for x in scene.streams.fp]
+    assert all(map(torch.equal, quantizer.targets, targets)) and not quantizer.second
+    mixed = copy.deepcopy(original)
+    for group in ORDER[architecture]:
+        tokens: dict[str, list[Tensor]] = {"x_f": [], "x_q": [], "w": []}
+        gaps: dict[str, list[Tensor]] = {name: [] for name in group}
+        for i in chosen:
+            fp = inputs_of(original, scene.streams.fp[i], scene.call)
+            quant = inputs_of(mixed, scene.streams.quant[i], scene.call)
+            tokens["x_f"].append(fp[group[0]])
+            tokens["x_q"].append(quant[group[0]])
+            tokens["w"].append(1 / (targets[i].flatten(0, 1).double().pow(2).mean(1) + 1e-6))
+            for name in group:
+                if name in BASES[architecture]:
+                    base = BASES[architecture][name]
+                    gaps[name].append(fp[base] - quant[base])
+        x_f, x_q, w = (torch.cat(tokens[key]) for key in ("x_f", "x_q", "w"))
+        for name in group:
+            full = f"{scene.name}.{name}"
+            gap = torch.cat(gaps[name]) if gaps[name] else None
+            expected, found = moments_of(x_f, x_q, w, gap, full), given[full]
+            for a, b in ((found.H, expected.H), (found.cross, expected.cross)):
+                torch.testing.assert_close(a.double(), b, atol=1e-4 * float(b.abs().max()), rtol=0)
+            assert found.residual.keys() & {full} == expected.residual.keys()
+            if gap is not None:
+                a, b = found.residual[full].double(), expected.residual[full]
+                torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max()), rtol=0)
+            W_hat = done.weights[name].dequantize()
+            set_weight(find_linears(mixed)[name], W_hat)
+            assert torch.equal(weight_of(scene.linears[name]), W_hat)
+    assert hooks_of(scene.block) == 0
+
+
+def test_layers_of_one_input_share_its_moments(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(tiny_model("llama"))
+    _, done, given = run_and_record(scene, Recipe(), monkeypatch)
+    assert list(done.weights) == [name for group in ORDER["llama"] for name in group]
+    q, k = (given[f"{scene.name}.self_attn.{p}_proj"] for p in "qk")
+    assert q is k
+    for name, report in done.layers.items():
+        qw = done.weights[name]
+        assert report.bits == qw.layout().bits_per_weight <= 2.5
+        assert 0 < report.error < 0.5 and report.damping == 0.01
+        assert done.latents[name].shape == qw.codes.shape
+
+
+def test_compensation_brings_the_block_closer_to_the_original(tiny_model: TinyModel) -> None:
+    """On streams that differ, the point of the whole exercise."""
+    errors = []
+    for on in (False, True):
+        scene = Scene(tiny_model("llama"), batches=24)
+        method = ptq161.Ptq161(faithful=False)
+        quantizer = scene.quantizer(Recipe(compensate=on), method)
+        quantizer.run(scene.streams, scene.plans(method))
+        error = 0.0
+        for x, target in zip(scene.streams.quant, quantizer.targets, strict=True):
+            y = run_block(scene.block, x, scene.call)
+            error += float(((y - target) ** 2).sum() / (target**2).sum())
+        errors.append(error)
+    assert errors[1] < 0.97 * errors[0]
+
+
+def test_the_dual_loss_gets_the_original_block_on_the_quantized_inputs(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(tiny_model("llama"))
+    original = copy.deepcopy(scene.block)
+    recipe = Recipe(block=BlockTuning(epochs=1, dual=True))
+    quantizer, _, _ = run_and_record(scene, recipe, monkeypatch)
+    expected = [run_block(original, x, scene.call) for x in scene.streams.quant]
+    assert all(map(torch.equal, quantizer.second, expected))
+
+
+def test_the_papers_recipe_rounds_the_weight_as_it_came(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene, method = Scene(tiny_model("llama")), ptq161.Ptq161(faithful=True)
+    W = weight_of(scene.linears["mlp.down_proj"]).clone()
+    recipe = Recipe(feedback=False, sweeps=0, compensate=False)
+    _, done, given = run_and_record(scene, recipe, monkeypatch, method)
+    assert not given
+    qw = done.weights["mlp.down_proj"]
+    binary = qw.columns(0)
+    mu = W[:, binary].mean(1, keepdim=True).half().float()
+    assert torch.equal(qw.codes[:, binary].bool(), W[:, binary] > mu)
+    # column factors start at one and are there to be tuned and stored
+    assert qw.column_scale is not None and torch.equal(qw.column_scale, torch.ones(84))
+    assert qw.layout() == scene.plans(method)[f"{scene.name}.mlp.down_proj"].layout(48)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 32])
+@pytest.mark.parametrize("tokens", [1, 40, 41, 10**9])
+def test_hessian_batches_are_spread_and_enough(
+    count: int, tokens: int, tiny_model: TinyModel
+) -> None:
+    scene = Scene(tiny_model("llama"), batches=1)
+    quantizer = scene.quantizer(Recipe(hessian_tokens=tokens), ptq161.Ptq161(faithful=False))
+    quantizer.config = QuantConfig(nsamples=2 * count, seqlen=10)  # 20 tokens a batch
+    chosen = quantizer._hessian_batches(count)
+    assert chosen == sorted(set(chosen)) and chosen[0] == 0 and chosen[-1] < count
+    assert len(chosen) == count or 20 * (len(chosen) - 1) < tokens <= 20 * len(chosen)
+
+
+@pytest.mark.parametrize("stream", ["fp", "quant"])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_non_finite_activations_name_block_and_layer(
+    stream: str, bad: float, tiny_model: TinyModel
+) -> None:
+    scene = Scene(tiny_model("llama"))
+    poisoned = [x.clone() for x in getattr(scene.streams, stream)]
+    poisoned[1][0, 3, 5] = bad
+    setattr(scene.streams, stream, poisoned)
+    method = ptq161.Ptq161(faithful=False)
+    quantizer = scene.quantizer(Recipe(), method)
+    with pytest.raises(NumericalError, match=r"model\.layers\.0\.self_attn\.q_proj: non-finite"):
+        quantizer.run(scene.streams, scene.plans(method))
+    assert hooks_of(scene.block) == 0
