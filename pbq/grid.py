@@ -42,8 +42,8 @@ class Grid:
             levels = levels + self.scale[:, p : p + 1] * sigma[:, p]
         return levels
 
-    def nearest(self, w: Float[Tensor, "n c"]) -> tuple[UInt8[Tensor, "n c"], Float[Tensor, "n c"]]:
-        """(code, level) nearest to every entry; halfway between two levels, the lower one."""
+    def nearest(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """(code uint8, level) nearest to every entry of w [n, c]; the lower of two equally near."""
         levels, middle, code = self._sorted
         # several searches at once want rows in memory order
         rank = torch.searchsorted(middle, w.contiguous())

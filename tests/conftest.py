@@ -20,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -29,6 +30,10 @@ from transformers import (
 )
 
 from pbq_kernels.layout import PackedWeight, Tier, WeightLayout, encode_overlay, pack_codes
+
+# Before a test imports pbq: calls into the floor of tensors have their shapes and dtypes checked.
+CHECKED = ["grid", "hessian", "gptq", "allocate", "pack"]
+install_import_hook([f"pbq.{module}" for module in CHECKED], "beartype.beartype")
 
 VOCABULARY = 272
 # 48 and 84 are no multiples of 32, and 84 bits are no whole bytes.

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 
 from pbq.grid import Grid, QuantizedWeight, TierGrid, fit_planes, fit_uniform, signs, stored
 from pbq_kernels.layout import Tier
@@ -236,3 +237,10 @@ def test_dequantize_by_hand():
     # tied planes 1 and 2, code 2: -1 + 2 + 0.25 = 1.25, times the column's 2
     assert qw.dequantize().tolist() == [[1.0, 0.5, 2.5, 2.0, -2.0], [-3.0, -0.5, 12.0, -2.0, 4.0]]
     assert qw.columns(0).tolist() == [1, 3]
+
+
+def test_shapes_and_dtypes_are_checked_in_tests():
+    with pytest.raises(TypeCheckError):
+        Grid(torch.zeros(3, 1), torch.zeros(2))
+    with pytest.raises(TypeCheckError):
+        fit_planes(torch.zeros(3, 4), torch.ones(5), 1)
