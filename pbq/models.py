@@ -75,8 +75,10 @@ def compute_dtype(source: Source, device: torch.device) -> torch.dtype:
     fast float16 matmul. Raises ModelError."""
     if source.gguf:
         return torch.bfloat16
-    own = getattr(_load_config(source, False), "dtype", None) or torch.bfloat16
-    own = getattr(torch, own) if isinstance(own, str) else own
+    with _refusing(source, "unreadable config"):
+        # the bare file: the dtype is no reason to run a model's own config code
+        said, _ = PreTrainedConfig.get_config_dict(source.path)
+        own = getattr(torch, said.get("dtype") or said.get("torch_dtype") or "bfloat16")
     return torch.bfloat16 if own == torch.float16 and device.type == "cpu" else own
 
 
@@ -203,7 +205,7 @@ def set_weight(linear: Linear, W: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of the decoder blocks is in linears. skipped: reason by parameter name."""
+    """How much of the decoder blocks is in linears. skipped: reason by name, largest first."""
 
     quantized: int
     total: int
@@ -220,7 +222,8 @@ def coverage(model: PreTrainedModel) -> Coverage:
     name, blocks = find_blocks(model)
     linears = {id(linear.weight) for linear in find_linears(blocks).values()}
     weights = [(f"{name}.{n}", p) for n, p in blocks.named_parameters() if p.ndim >= 2]
-    skipped = {n: _why_skipped(model, n, p) for n, p in weights if id(p) not in linears}
+    left = sorted((w for w in weights if id(w[1]) not in linears), key=lambda w: -w[1].numel())
+    skipped = {n: _why_skipped(model, n, p) for n, p in left}
     quantized = sum(p.numel() for _, p in weights if id(p) in linears)
     return Coverage(quantized, sum(p.numel() for _, p in weights), skipped)
 
@@ -286,7 +289,7 @@ class Recording:
     calls: list[list[Call]] = field(default_factory=list)
 
 
-def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+def run_block(block: Callable[..., Any], hidden: Tensor, call: Call) -> Tensor:
     """hidden [b, L, d] -> the block's output [b, L, d], be it returned bare or in a tuple.
 
     b may be smaller than the batch the call was recorded with: its first rows are used.

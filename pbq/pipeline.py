@@ -23,7 +23,7 @@ from pbq.allocate import LayerPlan, PlanInput, stored_bits
 from pbq.blocks import BlockQuantizer, Reconstructed, Streams
 from pbq.calibrate import Calibration, batches, channel_stats, load_calibration
 from pbq.config import QuantConfig
-from pbq.disk import check_space
+from pbq.disk import check_space, tensor_bytes
 from pbq.errors import UsageError
 from pbq.evaluate import Perplexity, perplexity, tokenize_file
 from pbq.hf import PbqConfig, install
@@ -370,7 +370,9 @@ class _Run:
             weights, gains, tuned = tune_block(
                 run,
                 {
-                    n: TunableWeight(qw, done.latents[n] if tuning.latent_lr else None)
+                    n: TunableWeight(
+                        qw, done.latents[n] if tuning.latent_lr else None, tuning.only_planes
+                    )
                     for n, qw in weights.items()
                 },
                 _norms(block),
@@ -422,10 +424,10 @@ class _Functional:
         self._block = block
         self._parameters: dict[str, Tensor] = {}
         for name, W in weights.items():
-            own = linears[name].weight
+            dtype = weight_of(linears[name]).dtype
             # Conv1D of gpt2 keeps its weight transposed
             oriented = W if isinstance(linears[name], nn.Linear) else W.T
-            self._parameters[f"{name}.weight"] = oriented.to(own.dtype)
+            self._parameters[f"{name}.weight"] = oriented.to(dtype)
         for name, gain in gains.items():
             self._parameters[name] = gain.to(block.get_parameter(name).dtype)
 
@@ -488,7 +490,7 @@ def _digest(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, p in model.named_parameters():
         digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
-        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor_bytes(p.detach().cpu().contiguous()))
     return digest.hexdigest()
 
 

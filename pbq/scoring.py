@@ -78,9 +78,9 @@ def score_models(
         raise UsageError("nothing to score; give --ppl FILE or --tasks NAME,…")
     sources = [resolve_source(model) for model in models]
     where = pick_device(device)
-    for text in texts:
-        if not text.is_file():
-            raise DataError(f"{text}: no such file")
+    for path in texts:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
     resolved = None
     if tasks:
         observer.stage("find tasks", None)
