@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +27,17 @@ class Rates:
 
     lr: of scales, offsets and column scales, relative to their size. norm_lr: of the norms.
     latent_lr: of latent weights, 0 freezes the codes. row_lr: of one more factor a row, on scale
-    and offset together (PTQ1.61's alpha_r1). only_planes: train only the tiers with so many planes.
-    constant: no warm-up, no decay.
+    and offset together, and of column scales (PTQ1.61's alpha_r1 and alpha_r2); at 0 there is no
+    such factor and column scales take lr. offsets: whether these train. only_planes: the tiers with
+    so many planes train, the others stay as they are. constant: no warm-up, no decay, as the papers
+    do.
     """
 
     lr: float = 5e-3
     norm_lr: float = 3e-3
     latent_lr: float = 0.0
     row_lr: float = 0.0
+    offsets: bool = True
     only_planes: int | None = None
     constant: bool = False
 
@@ -87,12 +91,15 @@ class TunableWeight(nn.Module):
 
     Kept transposed, a tier being consecutive rows [c, n]: columns of W are rows here, so that
     putting them back in order copies whole rows. Scales train as factors around 1, which
-    gives every row and plane the same relative step.
+    gives every row and plane the same relative step. `only_planes`: see Rates.
     """
 
-    def __init__(self, qw: QuantizedWeight, latent: Tensor | None = None) -> None:
+    def __init__(
+        self, qw: QuantizedWeight, latent: Tensor | None = None, only_planes: int | None = None
+    ) -> None:
         super().__init__()
         self.tiers, self.tier_of = qw.tiers, qw.tier_of
+        self._trained = [only_planes in (None, tier.planes) for tier in qw.tiers]
         order = torch.argsort(qw.tier_of, stable=True)
         self._inverse = torch.argsort(order)
         self._group_of = [t.group_of_column().to(order.device) for t in qw.tiers]
@@ -110,9 +117,11 @@ class TunableWeight(nn.Module):
         # one more factor a row, on scale and offset together; trained where a recipe asks for it
         self.row = nn.Parameter(torch.ones(len(qw.codes), device=order.device))
         self._column0 = qw.column_scale
-        self.column = (
-            None if qw.column_scale is None else nn.Parameter(torch.ones_like(qw.column_scale))
-        )
+        self.column: nn.Parameter | None = None
+        if qw.column_scale is not None:
+            self.column = nn.Parameter(torch.ones_like(qw.column_scale))
+            trained = torch.tensor(self._trained, device=order.device)[qw.tier_of.long()]
+            self.column.register_hook(lambda gradient: gradient * trained)
         codes = qw.codes[:, order].T
         self._codes = list(codes.split([t.columns for t in qw.tiers]))  # uint8 [c, n]
         self.latent = nn.ParameterList()
@@ -127,7 +136,8 @@ class TunableWeight(nn.Module):
     def _where_it_rounds(self, t: int, latent: Tensor) -> Tensor:
         """The latent weights, or the level itself where they would not round to the stored code."""
         with torch.no_grad():
-            same = self._nearest(t, latent) == self._codes[t]
+            # a column scale of zero leaves no latent weight to start from
+            same = (self._nearest(t, latent) == self._codes[t]) & latent.isfinite()
             sigma = self._signs(t, self._codes[t])
             return torch.where(same, latent, self._levels(t, sigma).float())
 
@@ -135,7 +145,7 @@ class TunableWeight(nn.Module):
         """codes [c, n] -> ±1 of what each stored scale multiplies, bfloat16 [c, S, n]."""
         tier = self.tiers[t]
         sigma = signs(tier.planes, codes.device)
-        if tier.tied:
+        if tier.tied and tier.planes:
             sigma = (sigma * 2.0 ** torch.arange(tier.planes, device=codes.device)).sum(
                 1, keepdim=True
             )
@@ -144,9 +154,9 @@ class TunableWeight(nn.Module):
 
     def _numbers(self, t: int) -> tuple[Tensor, Tensor | None]:
         """Current scale [G, S, n] and offset [G, n] of a tier."""
-        offset = self._offset0[t]
-        moved = None if offset is None else (offset + self.offset[t] * self._unit[t]) * self.row
-        return self._scale0[t] * self.scale[t] * self.row, moved
+        offset, row = self._offset0[t], self.row if self._trained[t] else torch.ones_like(self.row)
+        moved = None if offset is None else (offset + self.offset[t] * self._unit[t]) * row
+        return self._scale0[t] * self.scale[t] * row, moved
 
     def _levels(self, t: int, sigma: Tensor) -> Tensor:
         """sigma [c, S, n] -> weights [c, n]."""
@@ -207,14 +217,16 @@ class TunableWeight(nn.Module):
 
     def groups(self, tuning: Rates) -> list[tuple[list[nn.Parameter], float]]:
         """(parameters, learning rate). A latent moves in units of its tier's mean scale."""
-        chosen = [t for t, x in enumerate(self.tiers) if tuning.only_planes in (None, x.planes)]
-        small = [p for t in chosen for p in (self.scale[t], self.offset[t])]
-        small += [] if self.column is None else [self.column]
-        out = [([p for p in small if p.numel()], tuning.lr), ([self.row], tuning.row_lr)]
-        for t, latent in enumerate(self.latent):
-            if latent.numel() and self.tiers[t].planes:
+        chosen = [t for t, trained in enumerate(self._trained) if trained]
+        small: list[nn.Parameter] = [self.scale[t] for t in chosen]
+        small += [self.offset[t] for t in chosen if tuning.offsets]
+        column = [] if self.column is None else [self.column]
+        out = [([p for p in small if p.numel()], tuning.lr)]
+        out += [([self.row], tuning.row_lr), (column, tuning.row_lr or tuning.lr)]
+        for t in chosen if len(self.latent) else []:
+            if self.latent[t].numel() and self.tiers[t].planes:
                 size = float(self._scale0[t].abs().sum(1).mean())
-                out.append(([latent], tuning.latent_lr * size))
+                out.append(([self.latent[t]], tuning.latent_lr * size))
         return out
 
 
@@ -245,7 +257,7 @@ class Schedule:
         constant: bool = False,
     ) -> None:
         used = [{"params": p, "lr": lr, "base": lr} for p, lr in groups if p and lr]
-        self._adam = torch.optim.Adam(used, betas=(0.9, 0.95))
+        self._adam = torch.optim.Adam(used, betas=(0.9, 0.999 if constant else 0.95))
         self._total, self._step, self._constant = max(total, 1), 0, constant
 
     def step(self, loss: Tensor) -> None:
@@ -257,10 +269,6 @@ class Schedule:
         loss.backward()
         self._adam.step()
         self._step += 1
-
-
-# run({linear: weight [n, k]}, {norm: weight [d]}, x [b, L, d]) -> the block's output
-RunBlock = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -322,7 +330,7 @@ def optimise(
 
 
 # run({linear: weight [n, k]}, {norm: gain [d]}, x [b, L, d]) -> the block's output
-RunBlock = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor], Tensor]
+RunBlock: TypeAlias = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor], Tensor]
 
 
 def tune_block(
@@ -361,7 +369,7 @@ def tune_block(
 
 
 # logits({linear: weight}, {norm: gain}, row) -> [b, L, vocabulary]
-Student = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], int], Tensor]
+Student: TypeAlias = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], int], Tensor]
 
 
 def distill(
