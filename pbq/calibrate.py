@@ -192,10 +192,8 @@ def channel_stats(
     device, done = next(model.parameters()).device, 0
     try:
         with torch.set_grad_enabled(gradients):
-            for rows in batches(ids, batch):
-                out = model(
-                    rows.to(device), use_cache=False, labels=rows.to(device) if gradients else None
-                )
+            for rows in batches(ids.to(device), batch):
+                out = model(rows, use_cache=False, labels=rows if gradients else None)
                 if gradients:
                     out.loss.backward()
                 done += len(rows)
@@ -207,6 +205,8 @@ def channel_stats(
             tap.remove()
         for parameter in trainable:
             parameter.requires_grad_(True)
+    for name, tap in taps.items():  # first: one bad input spoils the gradients of all layers
+        tap.check_inputs(name)
     return {name: tap.stats(name) for name, tap in taps.items()}
 
 
@@ -244,11 +244,14 @@ class _Tap:
         for handle in self._handles:
             handle.remove()
 
-    def stats(self, name: str) -> ChannelStats:
-        if self.x_sq is None or self.x_abs is None or self.x_max is None:
+    def check_inputs(self, name: str) -> None:
+        if self.x_sq is None:
             raise NumericalError(f"{name}: no calibration token reached this layer")
         if not torch.isfinite(self.x_sq).all():
             raise NumericalError(f"{name}: non-finite inputs on the calibration text")
+
+    def stats(self, name: str) -> ChannelStats:
+        assert self.x_sq is not None and self.x_abs is not None and self.x_max is not None
         if self.g_sq is not None and not torch.isfinite(self.g_sq).all():
             raise NumericalError(f"{name}: non-finite gradients on the calibration text")
         g_sq = None if self.g_sq is None else self.g_sq / self.tokens

@@ -1,0 +1,350 @@
+"""Calibration tokens from every source, exactly the ones asked for; channel statistics."""
+
+import hashlib
+import json
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from pbq.calibrate import batches, channel_stats, load_calibration, sample_from_model
+from pbq.errors import DataError, NumericalError
+
+
+def load(source, tokenizer, nsamples=2, seqlen=8, model=None):
+    return load_calibration(str(source), tokenizer, model, nsamples=nsamples, seqlen=seqlen, seed=0)
+
+
+# --- text -------------------------------------------------------------------------------------
+
+
+def test_a_text_file_gives_exactly_its_first_tokens(tmp_path, tiny_tokenizer):
+    text = "Zwei Wörter, 3 Zeichen\n" * 4
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    calibration = load(tmp_path / "a.txt", tiny_tokenizer, nsamples=3, seqlen=11)
+    expected = tiny_tokenizer(text, add_special_tokens=False).input_ids[:33]
+    assert calibration.ids.dtype == torch.int64
+    assert calibration.ids.shape == (3, 11)
+    assert calibration.ids.flatten().tolist() == expected
+    assert calibration.source == "a.txt"
+    assert calibration.label() == "a.txt, 3 x 11 tokens"
+
+
+def test_the_hash_names_the_ids(tmp_path, tiny_tokenizer):
+    for name, text in (("a.txt", "abcdefgh" * 4), ("b.md", "abcdefgh" * 9), ("c.txt", "x" * 32)):
+        (tmp_path / name).write_text(text)
+    a, b, c = (load(tmp_path / name, tiny_tokenizer) for name in ("a.txt", "b.md", "c.txt"))
+    ids = b"".join(int(i).to_bytes(8, "little") for i in a.ids.flatten())
+    assert a.sha256 == hashlib.sha256(ids).hexdigest()
+    assert a.sha256 == b.sha256 != c.sha256
+
+
+def test_jsonl_texts_are_joined_by_the_end_of_text_token(tmp_path, tiny_tokenizer):
+    lines = [
+        json.dumps({"text": "abc", "id": 1}),
+        "",
+        json.dumps("de"),
+        json.dumps({"text": "f" * 20}),
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    ids = load(tmp_path / "a.jsonl", tiny_tokenizer, 1, 9).ids[0].tolist()
+    eos = tiny_tokenizer.eos_token_id
+    token = {c: tiny_tokenizer(c, add_special_tokens=False).input_ids[0] for c in "abcdef"}
+    assert ids == [
+        *(token[c] for c in "abc"),
+        eos,
+        *(token[c] for c in "de"),
+        eos,
+        *[token["f"]] * 2,
+    ]
+
+
+def test_reading_stops_when_there_is_enough(tmp_path, tiny_tokenizer):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a" * 16}) + "\nnot json\n")
+    assert load(tmp_path / "a.jsonl", tiny_tokenizer).ids.shape == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", r"a\.txt: 0 tokens, but 2 x 8 = 16 are needed; use a longer text or a"),
+        ("a.txt", b"only 15 letters", r"15 tokens.*16 are needed.*, --nsamples 1 or a smaller"),
+        ("a.txt", b"seven..", r"7 tokens.*use a longer text or a smaller --seqlen"),
+        ("a.txt", b"caf\xe9 " * 9, r"a\.txt: not UTF-8"),
+        ("a.jsonl", b'{"text": "caf\xe9"}', r"a\.jsonl: not UTF-8"),
+        ("a.jsonl", b'{"text": "abc"}\n{"te', r"a\.jsonl: not one JSON object a line"),
+        ("a.jsonl", b'{"text": "abc"}\n{"body": "x"}', r'line 2: expected an object with a "text"'),
+        ("a.jsonl", b'{"text": 3}', r'line 1: expected an object with a "text"'),
+        ("a.jsonl", b"[1, 2]", r"line 1: expected"),
+        ("gone.txt", None, r"gone\.txt: No such file"),
+    ],
+)
+def test_text_that_will_not_do_is_refused(tmp_path, tiny_tokenizer, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        load(tmp_path / name, tiny_tokenizer)
+    assert caught.value.exit_code == 4
+
+
+def test_a_directory_is_refused(tmp_path, tiny_tokenizer):
+    with pytest.raises(DataError, match="Is a directory"):
+        load(tmp_path, tiny_tokenizer)
+
+
+# --- datasets ---------------------------------------------------------------------------------
+
+
+def dataset_module(monkeypatch, rows=None, error=None):
+    """A stand-in for `datasets` that records how it was called."""
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        if error:
+            raise error
+        return iter(rows)
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    return calls
+
+
+def test_a_dataset_is_streamed_by_name_config_and_split(monkeypatch, tiny_tokenizer):
+    calls = dataset_module(monkeypatch, [{"text": "a" * 9}, {"text": "b" * 9}])
+    ids = load("org/corpus:raw:validation", tiny_tokenizer).ids.flatten().tolist()
+    assert calls == [(("org/corpus", "raw"), {"split": "validation", "streaming": True})]
+    assert ids[9] == tiny_tokenizer.eos_token_id
+    assert len(set(ids[:9])) == len(set(ids[10:])) == 1
+
+
+def test_a_dataset_without_config_means_its_train_split(monkeypatch, tiny_tokenizer):
+    calls = dataset_module(monkeypatch, [{"text": "a" * 16}])
+    load("corpus", tiny_tokenizer)
+    assert calls == [(("corpus", None), {"split": "train", "streaming": True})]
+
+
+def test_an_unreachable_dataset_is_one_line_with_a_way_out(monkeypatch, tiny_tokenizer):
+    dataset_module(monkeypatch, error=ConnectionError("long\nstory"))
+    with pytest.raises(DataError) as caught:
+        load("org/corpus", tiny_tokenizer)
+    assert str(caught.value) == (
+        "org/corpus: neither a file nor a dataset that can be reached (ConnectionError); "
+        "give a local text file or --calib self"
+    )
+
+
+def test_a_dataset_without_text_is_refused(monkeypatch, tiny_tokenizer):
+    dataset_module(monkeypatch, [{"sentence": "a"}])
+    with pytest.raises(DataError, match=r"corpus, row 0: expected"):
+        load("corpus", tiny_tokenizer)
+
+
+def test_no_datasets_library_says_what_to_install(monkeypatch, tiny_tokenizer):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="pip install datasets"):
+        load("corpus", tiny_tokenizer)
+
+
+# --- the model's own text ---------------------------------------------------------------------
+
+
+def test_self_is_sampled_deterministically_and_leaves_the_global_state(tiny_model, tiny_tokenizer):
+    model = tiny_model("llama")
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    one = sample_from_model(model, tiny_tokenizer, 5, 12, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(8)
+    assert torch.equal(sample_from_model(model, tiny_tokenizer, 5, 12, seed=1), one)
+    assert not torch.equal(sample_from_model(model, tiny_tokenizer, 5, 12, seed=2), one)
+    calibration = load_calibration("self", tiny_tokenizer, model, nsamples=5, seqlen=12, seed=1)
+    assert torch.equal(calibration.ids, one)
+    assert calibration.source == "sampled from the model itself, seed 1"
+
+
+def test_self_starts_with_an_ordinary_token_and_four_greedy_ones(tiny_model, tiny_tokenizer):
+    model = tiny_model("llama")
+    ids = sample_from_model(model, tiny_tokenizer, 40, 8, seed=0, batch=16)
+    assert ids.shape == (40, 8)
+    assert ids.dtype == torch.int64
+    assert int(ids.max()) < len(tiny_tokenizer) == 259
+    assert int(ids[:, 0].max()) < 256  # 256 to 258 are pad, bos and eos
+    assert len(set(ids[:, 0].tolist())) > 20
+    with torch.no_grad():
+        greedy = model(ids[:, :4]).logits[:, :, :259].argmax(-1)
+    assert torch.equal(ids[:, 1:5], greedy)
+    # afterwards two rows that start alike go their own ways
+    assert len({tuple(row) for row in ids[:, 5:].tolist()}) == 40
+
+
+def test_self_reports_progress_up_to_the_end(tiny_model, tiny_tokenizer):
+    seen = []
+    sample_from_model(
+        tiny_model("llama"), tiny_tokenizer, 5, 8, 0, lambda done, of: seen.append((done, of)), 2
+    )
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert {of for _, of in seen} == {40}
+    assert seen[-1][0] == 39  # the first token of a row costs nothing
+
+
+def test_self_refuses_a_model_that_computes_nan(tiny_model, tiny_tokenizer):
+    model = tiny_model("llama")
+    model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(NumericalError, match="logits at token 5 are not finite"):
+        sample_from_model(model, tiny_tokenizer, 2, 8, seed=0)
+
+
+# --- statistics -------------------------------------------------------------------------------
+
+
+def linears_of(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "head" not in n}
+
+
+class Recorder(nn.Module):
+    """Keeps its input, and adds a zero whose gradient is the one at the output of every token."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.x, self.zero = linear, None, None
+
+    def forward(self, x):
+        self.x, y = x.detach(), self.linear(x)
+        self.zero = torch.zeros_like(y, requires_grad=True)
+        return y + self.zero
+
+
+def direct_stats(model, names, ids):
+    """Every row on its own, by autograd on an added zero instead of hooks, in float64."""
+    recorders = {name: Recorder(model.get_submodule(name)) for name in names}
+    for name, recorder in recorders.items():
+        model.set_submodule(name, recorder)
+    xs, gs = {name: [] for name in names}, {name: [] for name in names}
+    for row in ids:
+        loss = model(row[None], labels=row[None], use_cache=False).loss
+        gradients = torch.autograd.grad(loss, [r.zero for r in recorders.values()])
+        for (name, recorder), g in zip(recorders.items(), gradients, strict=True):
+            xs[name].append(recorder.x[0].double())
+            gs[name].append(g[0].double())
+    for name, recorder in recorders.items():
+        model.set_submodule(name, recorder.linear)
+    return {n: torch.cat(x) for n, x in xs.items()}, {n: torch.cat(g) for n, g in gs.items()}
+
+
+def some_ids(rows, length, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (rows, length), generator=g)
+
+
+def test_statistics_equal_a_direct_computation(tiny_model):
+    """A llama with 4 query and 2 key-value heads: k_proj and v_proj have 24 outputs."""
+    model, ids = tiny_model("llama"), some_ids(3, 9)
+    linears = linears_of(model)
+    assert len(linears) == 21
+    stats = channel_stats(model, linears, ids, gradients=True)
+    xs, gs = direct_stats(model, list(linears), ids)
+    assert stats["model.layers.0.self_attn.k_proj"].g_sq.shape == (24,)
+    for name, s in stats.items():
+        x, g = xs[name], gs[name]
+        expected = (x.pow(2).mean(0), x.abs().amax(0), x.abs().mean(0), g.pow(2).mean(0))
+        found = (s.x_sq, s.x_absmax, s.x_absmean, s.g_sq)
+        for value, exact in zip(found, expected, strict=True):
+            assert value.dtype == torch.float32
+            torch.testing.assert_close(value.double(), exact, rtol=1e-4, atol=1e-4 * exact.max())
+
+
+def test_a_batch_changes_the_statistics_by_its_loss_s_mean_only(tiny_model):
+    """The loss is a mean: gradients of a batch of 3 are a third, and every batch has 3 rows."""
+    model, ids = tiny_model("llama"), some_ids(6, 7)
+    linears = linears_of(model)
+    one = channel_stats(model, linears, ids, gradients=True, batch=1)
+    three = channel_stats(model, linears, ids, gradients=True, batch=5)  # 6 rows: 5 becomes 3
+    for name in linears:
+        torch.testing.assert_close(one[name].x_sq, three[name].x_sq, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(one[name].x_absmax, three[name].x_absmax, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(one[name].g_sq, 9 * three[name].g_sq, rtol=1e-3, atol=1e-9)
+
+
+def test_without_gradients_nothing_is_differentiated(tiny_model):
+    model, ids = tiny_model("llama"), some_ids(2, 8)
+    linears = linears_of(model)
+    plain = channel_stats(model, linears, ids, gradients=False)
+    with_gradients = channel_stats(model, linears, ids, gradients=True)
+    for name in linears:
+        assert plain[name].g_sq is None
+        assert torch.equal(plain[name].x_sq, with_gradients[name].x_sq)
+
+
+def test_every_architecture_has_gradients_at_every_linear(architecture, tiny_model):
+    model = tiny_model(architecture)
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module).__name__ in {"Linear", "Conv1D", "FalconLinear"} and "head" not in name
+    }
+    stats = channel_stats(model, linears, some_ids(2, 8), gradients=True)
+    assert len(stats) >= 9
+    for s in stats.values():
+        assert torch.isfinite(s.x_sq).all()
+        assert torch.isfinite(s.g_sq).all()
+        assert float(s.g_sq.max()) > 0
+
+
+def test_the_model_is_left_as_it_was(tiny_model):
+    model = tiny_model("llama")
+    model.model.norm.weight.requires_grad_(False)
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert set(wanted.values()) == {True, False}
+    linears = linears_of(model)
+    channel_stats(model, linears, some_ids(2, 8), gradients=True)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
+    assert all(p.grad is None for p in model.parameters())
+    modules = [*linears.values(), model.get_input_embeddings()]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_non_finite_inputs_name_the_layer(tiny_model, gradients):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("inf")
+    linears = linears_of(model)
+    expected = r"^model\.layers\.1\.mlp\.down_proj: non-finite inputs"
+    with pytest.raises(NumericalError, match=expected):
+        channel_stats(model, linears, some_ids(2, 8), gradients=gradients)
+    assert not any(m._forward_pre_hooks for m in linears.values())
+
+
+def test_non_finite_gradients_name_a_layer(tiny_model):
+    model = tiny_model("llama")
+    model.lm_head = nn.Linear(48, 272, bias=False)  # untied: only the loss sees it
+    model.lm_head.weight.data[7, 7] = float("nan")
+    with pytest.raises(NumericalError, match=r"^model\.layers\..*: non-finite gradients"):
+        channel_stats(model, linears_of(model), some_ids(2, 8), gradients=True)
+
+
+def test_a_linear_that_no_token_reaches_is_named(tiny_model):
+    model = tiny_model("llama")
+    with pytest.raises(NumericalError, match=r"^spare: no calibration token"):
+        channel_stats(model, {"spare": nn.Linear(3, 3)}, some_ids(1, 8), gradients=False)
+
+
+def test_progress_counts_rows(tiny_model):
+    seen = []
+    channel_stats(
+        tiny_model("llama"), {}, some_ids(4, 8), gradients=False, batch=2,
+        progress=lambda done, of: seen.append((done, of)),
+    )  # fmt: skip
+    assert seen == [(2, 4), (4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "expected"),
+    [(6, 4, [3, 3]), (6, 6, [6]), (6, 99, [6]), (7, 4, [1] * 7), (1, 8, [1]), (12, 5, [4, 4, 4])],
+)
+def test_batches_are_equal_and_complete(rows, size, expected):
+    ids = some_ids(rows, 5)
+    parts = batches(ids, size)
+    assert [len(part) for part in parts] == expected
+    assert torch.equal(torch.cat(list(parts)), ids)
