@@ -310,18 +310,22 @@ def record_calls(
     or of sliding-window models. Raises ModelError when the model does not take such stubs.
     """
     recording = Recording(calls=[[] for _ in blocks])
-    real = list(blocks)
-    conventions: list[Callable[[Tensor], Any]] = [_bare, _in_tuple]
-    try:
-        for ids in batches:
-            hidden, calls, fitting = _pass_through_any(model, blocks, real, ids, conventions)
-            conventions = [fitting]
-            recording.hidden.append(hidden)
-            _append_calls(recording.calls, calls)
-    finally:
-        for i, block in enumerate(real):
-            blocks[i] = block
+    for ids in batches:
+        hidden, calls, _ = _through_stubs(model, blocks, ids)
+        recording.hidden.append(hidden)
+        _append_calls(recording.calls, calls)
     return recording
+
+
+@torch.no_grad()
+def run_tail(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor, hidden: Tensor) -> Tensor:
+    """Logits [b, L, vocabulary] of `hidden` [b, L, d], the output of the last block for `ids`.
+
+    Runs what lies around the blocks (final norm, head, soft caps) and no block. Raises ModelError.
+    """
+    logits = _through_stubs(model, blocks, ids, end=hidden)[2]
+    assert logits is not None
+    return logits
 
 
 def _bare(hidden: Tensor) -> Any:
@@ -340,18 +344,17 @@ class _Misfit(Exception):
     """The model does not take what the stubs return."""
 
 
-def _pass_through_any(
-    model: PreTrainedModel,
-    blocks: nn.ModuleList,
-    real: Sequence[nn.Module],
-    ids: Tensor,
-    conventions: Sequence[Callable[[Tensor], Any]],
-) -> tuple[Tensor, list[Call], Callable[[Tensor], Any]]:
-    """First input, calls, and the first of the conventions that fits. Raises ModelError."""
+def _through_stubs(
+    model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor, end: Tensor | None = None
+) -> tuple[Tensor, list[Call], Tensor | None]:
+    """First input, calls and logits, by the first convention that fits. Raises ModelError.
+
+    end: what the last stub returns in place of the hidden states; without it there are no logits.
+    """
     misfit: _Misfit | None = None
-    for returns in conventions:
+    for returns in (_bare, _in_tuple):
         try:
-            return *_pass_through(model, blocks, real, ids, returns), returns
+            return _pass_through(model, blocks, ids, returns, end)
         except _Misfit as error:
             misfit = error
     raise ModelError(
@@ -363,11 +366,12 @@ def _pass_through_any(
 def _pass_through(
     model: PreTrainedModel,
     blocks: nn.ModuleList,
-    real: Sequence[nn.Module],
     ids: Tensor,
     returns: Callable[[Tensor], Any],
-) -> tuple[Tensor, list[Call]]:
-    """The first block's input and every block's call. Raises _Misfit or ModelError."""
+    end: Tensor | None,
+) -> tuple[Tensor, list[Call], Tensor | None]:
+    """As `_through_stubs`, by one convention. Raises _Misfit or ModelError."""
+    real = list(blocks)
     calls: list[Call] = []
     entered: list[Tensor] = []
 
@@ -376,22 +380,31 @@ def _pass_through(
         if hidden is not entered[0] or not isinstance(hidden, Tensor):
             raise _Misfit
         calls.append(Call(args, kwargs, len(hidden)))
-        if len(calls) == len(real):
+        if len(calls) < len(real):
+            return returns(hidden)
+        if end is None:
             raise _Done
-        return returns(hidden)
+        return returns(end)
 
-    for i, block in enumerate(real):
-        blocks[i] = _Stub(block, take)
     try:
-        model(ids, use_cache=False)
+        for i, block in enumerate(real):
+            blocks[i] = _Stub(block, take)
+        out = model(ids, use_cache=False)
     except _Done:
-        return entered[0], calls
+        return entered[0], calls, None
     except (ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
         if not entered:
             raise ModelError(f"{type(model).__name__}: its forward fails: {error}") from error
         # a model that unpacks what a block returns fails in its own way between two stubs
         raise _Misfit from error
-    raise ModelError(f"{type(model).__name__}: its forward does not run all of its blocks")
+    finally:
+        for i, block in enumerate(real):
+            blocks[i] = block
+    if len(calls) < len(real):
+        raise ModelError(f"{type(model).__name__}: its forward does not run all of its blocks")
+    if out.logits.shape[:2] != ids.shape:  # the last stub's tensor was taken for a tuple
+        raise _Misfit
+    return entered[0], calls, out.logits
 
 
 class _Stub(nn.Module):
@@ -413,35 +426,6 @@ class _Stub(nn.Module):
         if args:
             return self.__dict__["take"](args[0], args[1:], kwargs)
         return self.__dict__["take"](kwargs.pop("hidden_states", None), (), kwargs)
-
-
-@torch.no_grad()
-def run_tail(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor, hidden: Tensor) -> Tensor:
-    """Logits [b, L, vocabulary] of `hidden` [b, L, d], the output of the last block for `ids`.
-
-    Runs what lies around the blocks (final norm, head, soft caps) and no block. Raises ModelError.
-    """
-    real = list(blocks)
-    try:
-        for returns in (_bare, _in_tuple):
-            entered: list[Any] = []
-
-            def take(x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                entered.append(x)  # noqa: B023
-                if x is not entered[0]:  # noqa: B023
-                    raise _Misfit
-                return returns(hidden if len(entered) == len(real) else x)  # noqa: B023
-
-            for i, block in enumerate(real):
-                blocks[i] = _Stub(block, take)
-            try:
-                return model(ids, use_cache=False).logits
-            except (_Misfit, ValueError, TypeError, IndexError, RuntimeError, AttributeError):
-                continue
-    finally:
-        for i, block in enumerate(real):
-            blocks[i] = block
-    raise ModelError(f"{type(model).__name__}: its head cannot be run on given hidden states")
 
 
 def _append_calls(recorded: list[list[Call]], calls: Sequence[Call]) -> None:
