@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pbq_kernels import reference
+from pbq_kernels.cpu import CpuBackend
 from pbq_kernels.layout import (
     FORMAT_VERSION,
     PackedFormatError,
@@ -62,8 +63,13 @@ class ReferenceBackend:
         return reference.matmul(x, prepared)
 
 
-# Fastest first; `select` takes the first that serves the layout and the device.
-BACKENDS: dict[str, Backend] = {"reference": ReferenceBackend()}
+# Fastest first; `select` takes the first that serves the layout and the device. The reference
+# serves all, so what stands behind it is only taken when asked for by name.
+BACKENDS: dict[str, Backend] = {
+    "cpu": CpuBackend("cpu"),
+    "reference": ReferenceBackend(),
+    "cpu-int8": CpuBackend("cpu-int8", mode="int8"),
+}
 
 
 def select(layout: WeightLayout, device: torch.device, name: str = "auto") -> Backend:

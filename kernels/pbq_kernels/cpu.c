@@ -1,0 +1,967 @@
+/* CPU kernels for the packed layout: docs/kernels.md, section "CPU".
+ *
+ * Rows sit in SIMD lanes. A tile holds 32 or 64 rows; its weights are one sequential stream of
+ * 32-bit words, stream[tile][group][plane][word][row], and bit c of a word is column c of the 32
+ * (30 for AVX2) columns of that word. Every row is summed in one fixed order, whatever the tile,
+ * the number of threads or the tokens beside it, so results do not depend on any of them.
+ *
+ * exact: a lookup of 4 (AVX2: 3) bits replaces 4 (3) additions. For each run of 4 columns the 16
+ *   sums +-x0+-x1+-x2+-x3 are tabulated once per token in fp32, and one in-register permute fetches
+ *   them for 16 rows.
+ * int8: x is rounded to int8 with one scale per (token, tier, group); bits times int8 by VNNI or
+ *   maddubs, summed as integers.
+ *
+ * Sizes are checked by the caller (cpu.py); nothing here allocates from unchecked input.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __x86_64__
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
+
+#ifndef PBQ_SOURCE_HASH
+#define PBQ_SOURCE_HASH ""
+#endif
+#define EXPORT __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline))
+/* Keeps the compiler from moving an addition behind other lookups, which would spill registers:
+ * a quarter of the speed with four tokens. */
+#define IN_ORDER(accumulator) __asm__("" : "+v"(accumulator))
+#define WORD 32 /* positions of x kept for one weight word; AVX2 leaves the last two empty */
+#define TOKENS 4 /* multiplied at once, while so many are left */
+#define MAX_TILE 64
+
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+enum { EXACT, INT8 };
+
+/* The columns of one tier that share their scales. Mirrors Group in cpu.py. */
+typedef struct {
+  int64_t bit;        /* of its first column in plane 0, from the start of a stored row */
+  int64_t plane_bits; /* from a plane to the next in a stored row */
+  int32_t columns;
+  int32_t words;      /* of one plane of one row */
+  int32_t first_word; /* its place in the words of x */
+  int32_t stream;     /* its first word in the stream of one row */
+  int32_t planes;
+  int32_t tied;   /* plane p scales by 2**p times the one stored scale */
+  int32_t scale;  /* slot of the first scale */
+  int32_t offset; /* slot of the offset, or -1 */
+} Group;
+
+/* Mirrors Weight in cpu.py. */
+typedef struct {
+  int64_t n, k, row_bytes;
+  int32_t tile, groups, words, stream, slots, word_columns, variant;
+  const Group *group;
+  const uint32_t *data;      /* [tiles, stream, tile] */
+  const uint16_t *scale;     /* float16 [tiles, slots, tile] */
+  const int32_t *column;     /* [words * WORD]: column of x at each position, -1 is padding */
+  const float *column_scale; /* [words * WORD] or NULL */
+  /* Overlay, or NULL: entries of row r are [overlay_start[r], overlay_start[r + 1]). */
+  const int64_t *overlay_start;
+  const int32_t *overlay_column; /* of x */
+  const float *overlay_delta;    /* what the entry adds to the weight below it */
+} Weight;
+
+/* One token, or TOKENS of them, in the form the tile kernels read. */
+typedef struct {
+  int tokens;
+  float *x;         /* [tokens][words * WORD], zero at padding */
+  float *sum;       /* [tokens][groups]: sum of x, for the offsets */
+  float *table;     /* exact: [words][lookups][tokens][entries] */
+  int8_t *q;        /* int8: [tokens][words * WORD], column c of a word at 4 * (c % 8) + c / 8 */
+  float *q_scale;   /* int8: [tokens][groups] */
+  int32_t *q_sum;   /* int8: [tokens][groups] */
+} Activations;
+
+typedef struct {
+  const char *name;
+  int word_columns, lookups, entries; /* lookups * log2(entries) = word_columns */
+  void (*tabulate)(const float *x, int words, float *table, int tokens);
+  void (*exact_tile)(const Weight *, const Activations *, int64_t tile, float *y);
+  void (*quantize)(const float *x, int words, int8_t *q, float *scale, int32_t *sum);
+  void (*int8_tile)(const Weight *, const Activations *, int64_t tile, float *y);
+  void (*decode_row)(const Weight *, int64_t row, int dtype, void *out);
+} Variant;
+
+/* --- numbers -------------------------------------------------------------------------------- */
+
+INLINE float float_of_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+INLINE uint32_t bits_of_float(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+INLINE float half_to_float(uint16_t h) {
+  const uint32_t magnitude = (uint32_t)(h & 0x7fff) << 13;
+  const uint32_t sign = (uint32_t)(h & 0x8000) << 16;
+  if (magnitude >= 0x0f800000) return float_of_bits(sign | 0x70000000 | magnitude); /* inf, nan */
+  return float_of_bits(sign | bits_of_float(float_of_bits(magnitude) * 0x1p112f));
+}
+
+INLINE uint16_t float_to_half(float value) {
+  const uint32_t bits = bits_of_float(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+  if (magnitude >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
+  if (magnitude < 0x38800000) /* subnormal: adding 1/2 makes the FPU round at 2**-24 */
+    return (uint16_t)(sign | (bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000));
+  return (uint16_t)(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13));
+}
+
+INLINE uint16_t float_to_bfloat(float value) {
+  const uint32_t bits = bits_of_float(value);
+  if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
+  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE float load(const void *x, int64_t i, int dtype) {
+  if (dtype == FLOAT32) return ((const float *)x)[i];
+  const uint16_t bits = ((const uint16_t *)x)[i];
+  return dtype == BFLOAT16 ? float_of_bits((uint32_t)bits << 16) : half_to_float(bits);
+}
+
+INLINE void store(void *y, int64_t i, int dtype, float value) {
+  if (dtype == FLOAT32)
+    ((float *)y)[i] = value;
+  else
+    ((uint16_t *)y)[i] = dtype == BFLOAT16 ? float_to_bfloat(value) : float_to_half(value);
+}
+
+INLINE float plane_factor(const Group *g, int plane) { return g->tied ? (float)(1 << plane) : 1.0f; }
+
+INLINE int scale_slot(const Group *g, int plane) { return g->tied ? g->scale : g->scale + plane; }
+
+INLINE const uint32_t *plane_words(const Weight *w, int64_t tile, const Group *g, int plane) {
+  return w->data + (tile * w->stream + g->stream + (int64_t)plane * g->words) * w->tile;
+}
+
+INLINE const uint16_t *scales_of(const Weight *w, int64_t tile, int slot) {
+  return w->scale + (tile * w->slots + slot) * w->tile;
+}
+
+/* Lookups that the last word of a group still needs: the rest of it is padding. */
+INLINE int last_lookups(const Group *g, int word_columns, int step) {
+  return (g->columns - (g->words - 1) * word_columns + step - 1) / step;
+}
+
+/* --- portable ------------------------------------------------------------------------------- */
+
+#define LOOKUPS 8
+
+/* Each `tabulate` writes the entries of one of `tokens` interleaved tables. */
+static void tabulate_portable(const float *x, int words, float *table, int tokens) {
+  for (int i = 0; i < words * LOOKUPS; i++, x += 4, table += 16 * tokens)
+    for (int code = 0; code < 16; code++) {
+      const float a = code & 1 ? x[0] : -x[0], b = code & 2 ? x[1] : -x[1];
+      const float c = code & 4 ? x[2] : -x[2], d = code & 8 ? x[3] : -x[3];
+      table[code] = (a + b) + (c + d);
+    }
+}
+
+static void exact_tile_portable(const Weight *w, const Activations *a, int64_t tile, float *y) {
+  for (int t = 0; t < a->tokens; t++, y += w->tile) {
+    for (int r = 0; r < w->tile; r++) y[r] = 0;
+    for (int i = 0; i < w->groups; i++) {
+      const Group *g = w->group + i;
+      for (int p = 0; p < g->planes; p++) {
+        const uint32_t *data = plane_words(w, tile, g, p);
+        const uint16_t *scale = scales_of(w, tile, scale_slot(g, p));
+        float acc[MAX_TILE] = {0};
+        for (int word = 0; word < g->words; word++, data += w->tile) {
+          const float *table =
+              a->table + ((int64_t)(g->first_word + word) * LOOKUPS * a->tokens + t) * 16;
+          const int lookups = word + 1 < g->words ? LOOKUPS : last_lookups(g, WORD, 4);
+          for (int s = 0; s < lookups; s++, table += 16 * a->tokens)
+            for (int r = 0; r < w->tile; r++) acc[r] += table[data[r] >> 4 * s & 15];
+        }
+        for (int r = 0; r < w->tile; r++)
+          y[r] += half_to_float(scale[r]) * plane_factor(g, p) * acc[r];
+      }
+      if (g->offset >= 0)
+        for (int r = 0; r < w->tile; r++)
+          y[r] += half_to_float(scales_of(w, tile, g->offset)[r]) * a->sum[t * w->groups + i];
+    }
+  }
+}
+
+/* A scale that is not finite marks an x that is not: the result is then not finite either. */
+static void quantize_portable(const float *x, int words, int8_t *q, float *scale, int32_t *sum) {
+  float most = 0;
+  for (int i = 0; i < words * WORD; i++) {
+    const float magnitude = fabsf(x[i]);
+    if (!(magnitude <= most)) most = magnitude;
+    if (most != most) break;
+  }
+  const float inverse = most > 0 && isfinite(most) ? 127.0f / most : 0.0f;
+  *scale = most / 127.0f;
+  *sum = 0;
+  for (int i = 0; i < words * WORD; i++) {
+    const int c = i % WORD;
+    const int8_t value = inverse > 0 ? (int8_t)lrintf(x[i] * inverse) : 0;
+    q[i - c + 4 * (c % 8) + c / 8] = value;
+    *sum += value;
+  }
+}
+
+static void int8_tile_portable(const Weight *w, const Activations *a, int64_t tile, float *y) {
+  for (int t = 0; t < a->tokens; t++, y += w->tile) {
+    for (int r = 0; r < w->tile; r++) y[r] = 0;
+    for (int i = 0; i < w->groups; i++) {
+      const Group *g = w->group + i;
+      const int at = t * w->groups + i;
+      for (int p = 0; p < g->planes; p++) {
+        const uint32_t *data = plane_words(w, tile, g, p);
+        const uint16_t *scale = scales_of(w, tile, scale_slot(g, p));
+        const int8_t *q = a->q + ((int64_t)t * w->words + g->first_word) * WORD;
+        int32_t acc[MAX_TILE] = {0};
+        for (int word = 0; word < g->words; word++, data += w->tile, q += WORD)
+          for (int c = 0; c < WORD; c++)
+            for (int r = 0; r < w->tile; r++)
+              acc[r] += -(int32_t)(data[r] >> c & 1) & q[4 * (c % 8) + c / 8];
+        for (int r = 0; r < w->tile; r++)
+          y[r] += half_to_float(scale[r]) * (plane_factor(g, p) * a->q_scale[at]) *
+                  (float)(2 * acc[r] - a->q_sum[at]);
+      }
+      if (g->offset >= 0)
+        for (int r = 0; r < w->tile; r++)
+          y[r] += half_to_float(scales_of(w, tile, g->offset)[r]) * a->sum[at];
+    }
+  }
+}
+
+/* The values of `WORD` codes; bits[p] is plane p of the word. */
+INLINE void look_up_portable(const float *value, const uint32_t *bits, int planes, float *out) {
+  for (int c = 0; c < WORD; c++) {
+    int code = 0;
+    for (int p = 0; p < planes; p++) code |= (int)(bits[p] >> c & 1) << p;
+    out[c] = value[code];
+  }
+}
+
+INLINE void store_word(const float *from, int count, int dtype, void *to, int64_t at) {
+  if (count == WORD) /* a constant count is vectorized */
+    for (int c = 0; c < WORD; c++) store(to, at + c, dtype, from[c]);
+  else
+    for (int c = 0; c < count; c++) store(to, at + c, dtype, from[c]);
+}
+
+/* value[code] of one row and group: offset + the planes in order, in fp32 as reference.dequantize. */
+INLINE void code_values(const Weight *w, const Group *g, int64_t tile, int64_t lane, float *value) {
+  value[0] = g->offset < 0 ? 0.0f : half_to_float(scales_of(w, tile, g->offset)[lane]);
+  for (int p = 0; p < g->planes; p++) {
+    const float s = half_to_float(scales_of(w, tile, scale_slot(g, p))[lane]) * plane_factor(g, p);
+    for (int code = 0; code < 1 << p; code++) {
+      value[code + (1 << p)] = value[code] + s;
+      value[code] -= s;
+    }
+  }
+}
+
+typedef void (*LookUp)(const float *value, const uint32_t *bits, int planes, float *out);
+
+/* One row as it stands for, columns in stored order, rounded once to `dtype`. */
+INLINE void decode_row(const Weight *w, int64_t row, int dtype, void *out, LookUp look_up) {
+  const int64_t tile = row / w->tile, lane = row % w->tile;
+  int64_t at = 0;
+  for (int i = 0; i < w->groups; i++) {
+    const Group *g = w->group + i;
+    const uint32_t *data = plane_words(w, tile, g, 0) + lane;
+    float value[256];
+    code_values(w, g, tile, lane, value);
+    for (int word = 0; word < g->words; word++, data += w->tile) {
+      uint32_t bits[8];
+      for (int p = 0; p < g->planes; p++) bits[p] = data[(int64_t)p * g->words * w->tile];
+      float entries[WORD];
+      look_up(value, bits, g->planes, entries);
+      if (w->column_scale)
+        for (int c = 0; c < WORD; c++)
+          entries[c] *= w->column_scale[(int64_t)(g->first_word + word) * WORD + c];
+      const int left = g->columns - word * w->word_columns;
+      const int count = left < w->word_columns ? left : w->word_columns;
+      store_word(entries, count, dtype, out, at);
+      at += count;
+    }
+  }
+}
+
+#define DEFINE_DECODE_ROW(SUFFIX, TARGET)                                                    \
+  static TARGET void decode_row_##SUFFIX(const Weight *w, int64_t row, int dtype, void *out) { \
+    if (dtype == FLOAT32)                                                                    \
+      decode_row(w, row, FLOAT32, out, look_up_##SUFFIX);                                    \
+    else if (dtype == BFLOAT16)                                                              \
+      decode_row(w, row, BFLOAT16, out, look_up_##SUFFIX);                                   \
+    else                                                                                     \
+      decode_row(w, row, FLOAT16, out, look_up_##SUFFIX);                                    \
+  }
+
+DEFINE_DECODE_ROW(portable, )
+
+static const Variant PORTABLE = {
+    "portable",        WORD, LOOKUPS, 16, tabulate_portable, exact_tile_portable, quantize_portable,
+    int8_tile_portable, decode_row_portable};
+
+#ifdef __x86_64__
+
+/* --- AVX2: 8 rows a register, 8-entry tables of 3 columns ------------------------------------ */
+
+#define AVX2 __attribute__((target("avx2,fma,f16c")))
+#define AVX2_LOOKUPS 10
+
+INLINE AVX2 __m256 scales_avx2(const uint16_t *scale) {
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)scale));
+}
+
+static AVX2 void tabulate_avx2(const float *x, int words, float *table, int tokens) {
+  const __m256 sign_a = _mm256_setr_ps(-0.f, 0.f, -0.f, 0.f, -0.f, 0.f, -0.f, 0.f);
+  const __m256 sign_b = _mm256_setr_ps(-0.f, -0.f, 0.f, 0.f, -0.f, -0.f, 0.f, 0.f);
+  const __m256 sign_c = _mm256_setr_ps(-0.f, -0.f, -0.f, -0.f, 0.f, 0.f, 0.f, 0.f);
+  for (int word = 0; word < words; word++, x += WORD)
+    for (int s = 0; s < AVX2_LOOKUPS; s++, table += 8 * tokens) {
+      const __m256 a = _mm256_xor_ps(_mm256_broadcast_ss(x + 3 * s), sign_a);
+      const __m256 b = _mm256_xor_ps(_mm256_broadcast_ss(x + 3 * s + 1), sign_b);
+      const __m256 c = _mm256_xor_ps(_mm256_broadcast_ss(x + 3 * s + 2), sign_c);
+      _mm256_storeu_ps(table, _mm256_add_ps(_mm256_add_ps(a, b), c));
+    }
+}
+
+/* The 3 bits of lookup s at the bottom of each row's lane. A 16-bit multiplication shifts, because
+ * shifts share their execution ports with the permutes; what stands above the 3 bits is ignored. */
+INLINE AVX2 __m256i code_avx2(__m256i word, int s) {
+  const __m256i half = s < 5 ? word : _mm256_srli_epi32(word, 15);
+  return s % 5 ? _mm256_mulhi_epu16(half, _mm256_set1_epi16((short)(1 << (16 - 3 * (s % 5))))) : half;
+}
+
+INLINE AVX2 void lookup_avx2(const int T, const int R, const uint32_t *data, const float *table, int lookups, __m256 acc[2][4][4]) {
+#pragma GCC unroll 10
+  for (int s = 0; s < AVX2_LOOKUPS; s++) {
+    if (s >= lookups) break;
+    for (int r = 0; r < R; r++) {
+      const __m256i code = code_avx2(_mm256_loadu_si256((const __m256i *)(data + 8 * r)), s);
+      for (int t = 0; t < T; t++) {
+        const __m256 entries = _mm256_loadu_ps(table + (s * T + t) * 8);
+        acc[s & 1][t][r] = _mm256_add_ps(acc[s & 1][t][r], _mm256_permutevar8x32_ps(entries, code));
+      }
+    }
+  }
+}
+
+/* T tokens times R registers of rows, from row `first` of the tile. Two accumulators each: the
+ * additions of one would wait for each other. */
+INLINE AVX2 void exact_rows_avx2(const int T, const int R, const Weight *w, const Activations *a,
+                                 int64_t tile, int first, float *y) {
+  __m256 total[4][4];
+  for (int t = 0; t < T; t++)
+    for (int r = 0; r < R; r++) total[t][r] = _mm256_setzero_ps();
+  for (int i = 0; i < w->groups; i++) {
+    const Group *g = w->group + i;
+    for (int p = 0; p < g->planes; p++) {
+      const uint32_t *data = plane_words(w, tile, g, p) + first;
+      const float *table = a->table + (int64_t)g->first_word * AVX2_LOOKUPS * T * 8;
+      __m256 acc[2][4][4];
+      for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) acc[0][t][r] = acc[1][t][r] = _mm256_setzero_ps();
+      for (int word = 1; word < g->words; word++, data += w->tile, table += AVX2_LOOKUPS * T * 8)
+        lookup_avx2(T, R, data, table, AVX2_LOOKUPS, acc);
+      lookup_avx2(T, R, data, table, last_lookups(g, 3 * AVX2_LOOKUPS, 3), acc);
+      const __m256 factor = _mm256_set1_ps(plane_factor(g, p));
+      for (int r = 0; r < R; r++) {
+        const __m256 s =
+            _mm256_mul_ps(scales_avx2(scales_of(w, tile, scale_slot(g, p)) + first + 8 * r), factor);
+        for (int t = 0; t < T; t++)
+          total[t][r] = _mm256_fmadd_ps(s, _mm256_add_ps(acc[0][t][r], acc[1][t][r]), total[t][r]);
+      }
+    }
+    if (g->offset >= 0)
+      for (int r = 0; r < R; r++) {
+        const __m256 offset = scales_avx2(scales_of(w, tile, g->offset) + first + 8 * r);
+        for (int t = 0; t < T; t++)
+          total[t][r] = _mm256_fmadd_ps(
+              offset, _mm256_set1_ps(a->sum[t * w->groups + i]), total[t][r]);
+      }
+  }
+  for (int t = 0; t < T; t++)
+    for (int r = 0; r < R; r++)
+      _mm256_storeu_ps(y + t * w->tile + first + 8 * r, total[t][r]);
+}
+
+static AVX2 void exact_tile_avx2(const Weight *w, const Activations *a, int64_t tile, float *y) {
+  if (a->tokens == TOKENS)
+    for (int first = 0; first < w->tile; first += 8)
+      exact_rows_avx2(TOKENS, 1, w, a, tile, first, y);
+  else
+    for (int first = 0; first < w->tile; first += 32)
+      exact_rows_avx2(1, 4, w, a, tile, first, y);
+}
+
+static AVX2 void quantize_avx2(const float *x, int words, int8_t *q, float *scale, int32_t *sum) {
+  const __m256 absolute = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  __m256 most = _mm256_setzero_ps(), strange = _mm256_setzero_ps();
+  for (int64_t i = 0; i < (int64_t)words * WORD; i += 8) {
+    const __m256 v = _mm256_loadu_ps(x + i);
+    most = _mm256_max_ps(most, _mm256_and_ps(v, absolute));
+    strange = _mm256_or_ps(strange, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  }
+  float lanes[8], largest = 0;
+  _mm256_storeu_ps(lanes, most);
+  for (int i = 0; i < 8; i++) largest = lanes[i] > largest ? lanes[i] : largest;
+  if (_mm256_movemask_ps(strange)) largest = NAN;
+  *scale = largest / 127.0f;
+  const __m256 inverse =
+      _mm256_set1_ps(largest > 0 && isfinite(largest) ? 127.0f / largest : 0.0f);
+  /* bytes c and 8 + c of each half beside each other, then the two halves */
+  const __m256i pairs = _mm256_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15, 0, 8,
+                                         1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  __m256i total = _mm256_setzero_si256();
+  for (int64_t i = 0; i < (int64_t)words * WORD; i += WORD) {
+    __m256i v[4];
+    for (int j = 0; j < 4; j++) {
+      v[j] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * j), inverse));
+      total = _mm256_add_epi32(total, v[j]);
+    }
+    const __m256i bytes =
+        _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+    const __m256i linear = _mm256_permutevar8x32_epi32(bytes, order);
+    const __m256i mixed = _mm256_shuffle_epi8(linear, pairs);
+    const __m128i low = _mm256_castsi256_si128(mixed), high = _mm256_extracti128_si256(mixed, 1);
+    _mm_storeu_si128((__m128i *)(q + i), _mm_unpacklo_epi16(low, high));
+    _mm_storeu_si128((__m128i *)(q + i + 16), _mm_unpackhi_epi16(low, high));
+  }
+  int32_t sums[8];
+  _mm256_storeu_si256((__m256i *)sums, total);
+  *sum = 0;
+  for (int i = 0; i < 8; i++) *sum += sums[i];
+}
+
+/* 32 bits a row, masked to one bit in each byte, are 4 columns of weight 0 or 2**j. The int16 sums
+ * of 8 words stay below 2**15, and dividing by 2**j is exact. */
+INLINE AVX2 __m256i int8_dot_avx2(const uint32_t *data, int stride, int words, const int8_t *q) {
+  const __m256i bit = _mm256_set1_epi8(1), ones = _mm256_set1_epi16(1);
+  __m256i total = _mm256_setzero_si256();
+  for (int begin = 0; begin < words; begin += 8) {
+    const int end = begin + 8 < words ? begin + 8 : words;
+    __m256i acc[4];
+    for (int j = 0; j < 4; j++) acc[j] = _mm256_setzero_si256();
+    for (int word = begin; word < end; word++, data += stride, q += WORD) {
+      const __m256i low = _mm256_loadu_si256((const __m256i *)data);
+      const __m256i high = _mm256_srli_epi32(low, 4);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        const __m256i mask = _mm256_slli_epi32(bit, j);
+        int32_t four[2];
+        memcpy(four, q + 4 * j, 4);
+        memcpy(four + 1, q + 16 + 4 * j, 4);
+        acc[j] = _mm256_add_epi16(
+            acc[j], _mm256_maddubs_epi16(_mm256_and_si256(low, mask), _mm256_set1_epi32(four[0])));
+        acc[j] = _mm256_add_epi16(
+            acc[j], _mm256_maddubs_epi16(_mm256_and_si256(high, mask), _mm256_set1_epi32(four[1])));
+      }
+    }
+    const __m256i sum = _mm256_add_epi16(
+        _mm256_add_epi16(acc[0], _mm256_srai_epi16(acc[1], 1)),
+        _mm256_add_epi16(_mm256_srai_epi16(acc[2], 2), _mm256_srai_epi16(acc[3], 3)));
+    total = _mm256_add_epi32(total, _mm256_madd_epi16(sum, ones));
+  }
+  return total;
+}
+
+static AVX2 void int8_tile_avx2(const Weight *w, const Activations *a, int64_t tile, float *y) {
+  for (int t = 0; t < a->tokens; t++)
+    for (int first = 0; first < w->tile; first += 8, y += 8) {
+      __m256 total = _mm256_setzero_ps();
+      for (int i = 0; i < w->groups; i++) {
+        const Group *g = w->group + i;
+        const int at = t * w->groups + i;
+        const int8_t *q = a->q + ((int64_t)t * w->words + g->first_word) * WORD;
+        for (int p = 0; p < g->planes; p++) {
+          const __m256i dot =
+              int8_dot_avx2(plane_words(w, tile, g, p) + first, w->tile, g->words, q);
+          const __m256i twice =
+              _mm256_sub_epi32(_mm256_slli_epi32(dot, 1), _mm256_set1_epi32(a->q_sum[at]));
+          const __m256 s = _mm256_mul_ps(scales_avx2(scales_of(w, tile, scale_slot(g, p)) + first),
+                                         _mm256_set1_ps(plane_factor(g, p) * a->q_scale[at]));
+          total = _mm256_fmadd_ps(s, _mm256_cvtepi32_ps(twice), total);
+        }
+        if (g->offset >= 0)
+          total = _mm256_fmadd_ps(scales_avx2(scales_of(w, tile, g->offset) + first),
+                                  _mm256_set1_ps(a->sum[at]), total);
+      }
+      _mm256_storeu_ps(y, total);
+    }
+}
+
+/* A gather: one or two planes would fit a permute, but this only feeds matrix products. */
+INLINE AVX2 void look_up_avx2(const float *value, const uint32_t *bits, int planes, float *out) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), one = _mm256_set1_epi32(1);
+  for (int c = 0; c < WORD; c += 8) {
+    __m256i code = _mm256_setzero_si256();
+    for (int p = 0; p < planes; p++) {
+      const __m256i word = _mm256_set1_epi32((int32_t)(bits[p] >> c));
+      const __m256i bit = _mm256_and_si256(_mm256_srlv_epi32(word, lane), one);
+      code = _mm256_or_si256(code, _mm256_slli_epi32(bit, p));
+    }
+    _mm256_storeu_ps(out + c, _mm256_i32gather_ps(value, code, 4));
+  }
+}
+
+DEFINE_DECODE_ROW(avx2, AVX2)
+
+static const Variant VARIANT_AVX2 = {
+    "avx2",        3 * AVX2_LOOKUPS, AVX2_LOOKUPS, 8, tabulate_avx2, exact_tile_avx2, quantize_avx2,
+    int8_tile_avx2, decode_row_avx2};
+
+/* --- AVX-512: 16 rows a register, 16-entry tables of 4 columns -------------------------------- */
+
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#define VNNI \
+  __attribute__((target("avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+
+INLINE AVX512 __m512 scales_avx512(const uint16_t *scale) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)scale));
+}
+
+/* v in the lanes whose number has bit b set, -v in the others. */
+INLINE AVX512 __m512 signed_lanes(float v, int b) {
+  static const uint16_t unset[4] = {0x5555, 0x3333, 0x0f0f, 0x00ff};
+  const __m512i all = _mm512_set1_epi32((int32_t)bits_of_float(v));
+  return _mm512_castsi512_ps(
+      _mm512_mask_xor_epi32(all, unset[b], all, _mm512_set1_epi32(INT32_MIN)));
+}
+
+static AVX512 void tabulate_avx512(const float *x, int words, float *table, int tokens) {
+  for (int64_t i = 0; i < (int64_t)words * LOOKUPS; i++, x += 4, table += 16 * tokens) {
+    const __m512 low = _mm512_add_ps(signed_lanes(x[0], 0), signed_lanes(x[1], 1));
+    const __m512 high = _mm512_add_ps(signed_lanes(x[2], 2), signed_lanes(x[3], 3));
+    _mm512_storeu_ps(table, _mm512_add_ps(low, high));
+  }
+}
+
+/* As code_avx2, for 4 bits. */
+INLINE AVX512 __m512i code_avx512(__m512i word, int s) {
+  const __m512i half = s < 4 ? word : _mm512_srli_epi32(word, 16);
+  return s % 4 ? _mm512_mulhi_epu16(half, _mm512_set1_epi16((short)(1 << (16 - 4 * (s % 4))))) : half;
+}
+
+INLINE AVX512 void lookup_avx512(const int T, const int R, const uint32_t *data, const float *table, int lookups, __m512 acc[4][4]) {
+  __m512i word[4];
+  for (int r = 0; r < R; r++) word[r] = _mm512_loadu_si512(data + 16 * r);
+#pragma GCC unroll 8
+  for (int s = 0; s < LOOKUPS; s++) {
+    if (s >= lookups) break;
+    __m512i code[4];
+    for (int r = 0; r < R; r++) code[r] = code_avx512(word[r], s);
+    for (int t = 0; t < T; t++) {
+      const __m512 entries = _mm512_loadu_ps(table + (s * T + t) * 16);
+      for (int r = 0; r < R; r++) {
+        acc[t][r] = _mm512_add_ps(acc[t][r], _mm512_permutexvar_ps(code[r], entries));
+        IN_ORDER(acc[t][r]);
+      }
+    }
+  }
+}
+
+INLINE AVX512 void exact_rows_avx512(const int T, const int R, const Weight *w, const Activations *a,
+                                     int64_t tile, int first, float *y) {
+  __m512 total[4][4];
+  for (int t = 0; t < T; t++)
+    for (int r = 0; r < R; r++) total[t][r] = _mm512_setzero_ps();
+  for (int i = 0; i < w->groups; i++) {
+    const Group *g = w->group + i;
+    for (int p = 0; p < g->planes; p++) {
+      const uint32_t *data = plane_words(w, tile, g, p) + first;
+      const float *table = a->table + (int64_t)g->first_word * LOOKUPS * T * 16;
+      __m512 acc[4][4];
+      for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) acc[t][r] = _mm512_setzero_ps();
+      for (int word = 1; word < g->words; word++, data += w->tile, table += LOOKUPS * T * 16)
+        lookup_avx512(T, R, data, table, LOOKUPS, acc);
+      lookup_avx512(T, R, data, table, last_lookups(g, WORD, 4), acc);
+      const __m512 factor = _mm512_set1_ps(plane_factor(g, p));
+      for (int r = 0; r < R; r++) {
+        const __m512 s = _mm512_mul_ps(
+            scales_avx512(scales_of(w, tile, scale_slot(g, p)) + first + 16 * r), factor);
+        for (int t = 0; t < T; t++) total[t][r] = _mm512_fmadd_ps(s, acc[t][r], total[t][r]);
+      }
+    }
+    if (g->offset >= 0)
+      for (int r = 0; r < R; r++) {
+        const __m512 offset = scales_avx512(scales_of(w, tile, g->offset) + first + 16 * r);
+        for (int t = 0; t < T; t++)
+          total[t][r] = _mm512_fmadd_ps(
+              offset, _mm512_set1_ps(a->sum[t * w->groups + i]), total[t][r]);
+      }
+  }
+  for (int t = 0; t < T; t++)
+    for (int r = 0; r < R; r++)
+      _mm512_storeu_ps(y + t * w->tile + first + 16 * r, total[t][r]);
+}
+
+static AVX512 void exact_tile_avx512(const Weight *w, const Activations *a, int64_t tile, float *y) {
+  if (a->tokens == TOKENS)
+    for (int first = 0; first < w->tile; first += 32)
+      exact_rows_avx512(TOKENS, 2, w, a, tile, first, y);
+  else if (w->tile == 64)
+    exact_rows_avx512(1, 4, w, a, tile, 0, y);
+  else
+    exact_rows_avx512(1, 2, w, a, tile, 0, y);
+}
+
+INLINE VNNI __m512i dot_vnni(__m512i acc, __m512i bits, __m512i q) {
+  return _mm512_dpbusd_epi32(acc, bits, q);
+}
+
+INLINE AVX512 __m512i dot_maddubs(__m512i acc, __m512i bits, __m512i q) {
+  const __m512i pairs = _mm512_maddubs_epi16(bits, q);
+  return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+
+INLINE AVX512 __m512i four_columns(const int8_t *q) {
+  int32_t four;
+  memcpy(&four, q, 4);
+  return _mm512_set1_epi32(four);
+}
+
+/* One token: bits stay where they are and weigh 2**j, one sum for each j, divided at the end.
+ * Several: each bit is moved to the bottom once and serves all T tokens. The sums are the same
+ * integers. */
+#define DEFINE_INT8_AVX512(SUFFIX, TARGET, DOT)                                                    \
+  INLINE TARGET void int8_one_##SUFFIX(const int R, const uint32_t *data, int stride, int words,  \
+                                       const int8_t *q, __m512i *sum) {                           \
+    const __m512i bit = _mm512_set1_epi8(1);                                                       \
+    __m512i acc[4][4];                                                                             \
+    for (int r = 0; r < R; r++)                                                                    \
+      for (int j = 0; j < 4; j++) acc[r][j] = _mm512_setzero_si512();                              \
+    for (int word = 0; word < words; word++, data += stride, q += WORD) {                          \
+      __m512i bits[4];                                                                             \
+      for (int r = 0; r < R; r++) bits[r] = _mm512_loadu_si512(data + 16 * r);                     \
+      _Pragma("GCC unroll 2") for (int half = 0; half < 2; half++) {                               \
+        _Pragma("GCC unroll 4") for (int j = 0; j < 4; j++) {                                      \
+          const __m512i mask = _mm512_slli_epi32(bit, j);                                          \
+          const __m512i x = four_columns(q + 16 * half + 4 * j);                                   \
+          for (int r = 0; r < R; r++)                                                              \
+            acc[r][j] = DOT(acc[r][j], _mm512_and_si512(bits[r], mask), x);                        \
+        }                                                                                          \
+        if (!half)                                                                                 \
+          for (int r = 0; r < R; r++) bits[r] = _mm512_srli_epi32(bits[r], 4);                     \
+      }                                                                                            \
+    }                                                                                              \
+    for (int r = 0; r < R; r++)                                                                    \
+      sum[r] = _mm512_add_epi32(                                                                   \
+          _mm512_add_epi32(acc[r][0], _mm512_srai_epi32(acc[r][1], 1)),                            \
+          _mm512_add_epi32(_mm512_srai_epi32(acc[r][2], 2), _mm512_srai_epi32(acc[r][3], 3)));     \
+  }                                                                                                \
+                                                                                                   \
+  INLINE TARGET void int8_many_##SUFFIX(const int T, const int R, const uint32_t *data,            \
+                                        int stride, int words, const int8_t *q,                    \
+                                        int64_t token_q, __m512i *sum) {                           \
+    const __m512i bit = _mm512_set1_epi8(1);                                                       \
+    for (int i = 0; i < T * R; i++) sum[i] = _mm512_setzero_si512();                               \
+    for (int word = 0; word < words; word++, data += stride, q += WORD) {                          \
+      __m512i bits[4];                                                                             \
+      for (int r = 0; r < R; r++) bits[r] = _mm512_loadu_si512(data + 16 * r);                     \
+      _Pragma("GCC unroll 8") for (int j = 0; j < 8; j++) {                                        \
+        __m512i x[4];                                                                              \
+        for (int t = 0; t < T; t++) x[t] = four_columns(q + t * token_q + 4 * j);                  \
+        for (int r = 0; r < R; r++) {                                                              \
+          const __m512i lowest = _mm512_and_si512(_mm512_srli_epi32(bits[r], j), bit);             \
+          for (int t = 0; t < T; t++) sum[t * R + r] = DOT(sum[t * R + r], lowest, x[t]);          \
+        }                                                                                          \
+      }                                                                                            \
+    }                                                                                              \
+  }                                                                                                \
+                                                                                                   \
+  INLINE TARGET void int8_rows_##SUFFIX(const int T, const int R, const Weight *w,                 \
+                                        const Activations *a, int64_t tile, int first, float *y) {                                                \
+    const int64_t token_q = (int64_t)w->words * WORD;                                              \
+    __m512 total[16];                                                                              \
+    for (int i = 0; i < T * R; i++) total[i] = _mm512_setzero_ps();                                \
+    for (int i = 0; i < w->groups; i++) {                                                          \
+      const Group *g = w->group + i;                                                               \
+      const int8_t *q = a->q + (int64_t)g->first_word * WORD;                    \
+      for (int p = 0; p < g->planes; p++) {                                                        \
+        const uint32_t *data = plane_words(w, tile, g, p) + first;                                 \
+        __m512i sum[16];                                                                           \
+        if (T == 1)                                                                                \
+          int8_one_##SUFFIX(R, data, w->tile, g->words, q, sum);                                   \
+        else                                                                                       \
+          int8_many_##SUFFIX(T, R, data, w->tile, g->words, q, token_q, sum);                      \
+        for (int t = 0; t < T; t++) {                                                              \
+          const int at = t * w->groups + i;                                              \
+          const __m512 factor = _mm512_set1_ps(plane_factor(g, p) * a->q_scale[at]);               \
+          const __m512i q_sum = _mm512_set1_epi32(a->q_sum[at]);                                   \
+          for (int r = 0; r < R; r++) {                                                            \
+            const __m512 s =                                                                       \
+                scales_avx512(scales_of(w, tile, scale_slot(g, p)) + first + 16 * r);              \
+            const __m512i signs = _mm512_sub_epi32(_mm512_slli_epi32(sum[t * R + r], 1), q_sum);   \
+            total[t * R + r] = _mm512_fmadd_ps(_mm512_mul_ps(s, factor),                           \
+                                               _mm512_cvtepi32_ps(signs), total[t * R + r]);       \
+          }                                                                                        \
+        }                                                                                          \
+      }                                                                                            \
+      if (g->offset >= 0)                                                                          \
+        for (int t = 0; t < T; t++) {                                                              \
+          const __m512 x = _mm512_set1_ps(a->sum[t * w->groups + i]);                    \
+          for (int r = 0; r < R; r++)                                                              \
+            total[t * R + r] = _mm512_fmadd_ps(                                                    \
+                scales_avx512(scales_of(w, tile, g->offset) + first + 16 * r), x,                  \
+                total[t * R + r]);                                                                 \
+        }                                                                                          \
+    }                                                                                              \
+    for (int t = 0; t < T; t++)                                                                    \
+      for (int r = 0; r < R; r++)                                                                  \
+        _mm512_storeu_ps(y + t * w->tile + first + 16 * r, total[t * R + r]);            \
+  }                                                                                                \
+                                                                                                   \
+  static TARGET void int8_tile_##SUFFIX(const Weight *w, const Activations *a, int64_t tile,       \
+                                        float *y) {                                                \
+    if (a->tokens == TOKENS) \
+      for (int first = 0; first < w->tile; first += 32) \
+        int8_rows_##SUFFIX(TOKENS, 2, w, a, tile, first, y); \
+    else if (w->tile == 64) \
+      int8_rows_##SUFFIX(1, 4, w, a, tile, 0, y); \
+    else \
+      int8_rows_##SUFFIX(1, 2, w, a, tile, 0, y); \
+  }
+
+DEFINE_INT8_AVX512(vnni, VNNI, dot_vnni)
+DEFINE_INT8_AVX512(avx512, AVX512, dot_maddubs)
+
+INLINE AVX512 void look_up_avx512(const float *value, const uint32_t *bits, int planes, float *out) {
+  for (int c = 0; c < WORD; c += 16) {
+    __m512i code = _mm512_setzero_si512();
+    for (int p = 0; p < planes; p++) {
+      const __mmask16 set = (__mmask16)(bits[p] >> c);
+      code = _mm512_mask_or_epi32(code, set, code, _mm512_set1_epi32(1 << p));
+    }
+    const __m512 found = planes <= 4 ? _mm512_permutexvar_ps(code, _mm512_loadu_ps(value))
+                                     : _mm512_i32gather_ps(code, value, 4);
+    _mm512_storeu_ps(out + c, found);
+  }
+}
+
+DEFINE_DECODE_ROW(avx512, AVX512)
+
+static const Variant VARIANT_AVX512 = {
+    "avx512", WORD, LOOKUPS, 16, tabulate_avx512, exact_tile_avx512, quantize_avx2, int8_tile_avx512,
+    decode_row_avx512};
+static const Variant VARIANT_VNNI = {
+    "avx512vnni", WORD, LOOKUPS, 16, tabulate_avx512, exact_tile_avx512, quantize_avx2, int8_tile_vnni,
+    decode_row_avx512};
+
+#endif
+
+/* --- entry points ----------------------------------------------------------------------------- */
+
+/* The named variants this machine can run, fastest first; NULL past the last. */
+static const Variant *variant(int index) {
+  const Variant *found[4];
+  int count = 0;
+#ifdef __x86_64__
+  __builtin_cpu_init();
+  const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                   __builtin_cpu_supports("f16c");
+  const int avx512 = avx2 && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512vnni")) found[count++] = &VARIANT_VNNI;
+  if (avx512) found[count++] = &VARIANT_AVX512;
+  if (avx2) found[count++] = &VARIANT_AVX2;
+#endif
+  found[count++] = &PORTABLE;
+  return index < count ? found[index] : NULL;
+}
+
+EXPORT const char *pbq_source_hash(void) { return PBQ_SOURCE_HASH; }
+
+EXPORT const char *pbq_variant_name(int index) {
+  const Variant *v = variant(index);
+  return v ? v->name : NULL;
+}
+
+EXPORT int pbq_variant_word_columns(int index) { return variant(index)->word_columns; }
+
+/* Whether matrix products have the tile unit, which outruns lookups from a few dozen tokens on. */
+EXPORT int pbq_has_amx(void) {
+#ifdef __x86_64__
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (d >> 22 & 1);
+#else
+  return 0;
+#endif
+}
+
+static uint32_t stored_bits(const uint8_t *row, int64_t row_bytes, int64_t first, int count) {
+  uint64_t bits = 0;
+  for (int64_t i = 0; i < 5 && first / 8 + i < row_bytes; i++)
+    bits |= (uint64_t)row[first / 8 + i] << 8 * i;
+  return (uint32_t)(bits >> first % 8 & ((1ull << count) - 1));
+}
+
+/* stored uint8 [n, row_bytes] -> out, laid out as Weight.data; rows past n are zero. */
+EXPORT void pbq_repack(const Weight *w, const uint8_t *stored, uint32_t *out, int threads) {
+  const int64_t rows = (w->n + w->tile - 1) / w->tile * w->tile;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t row = 0; row < rows; row++) {
+    uint32_t *to = out + row / w->tile * w->stream * w->tile + row % w->tile;
+    for (int i = 0; i < w->groups; i++) {
+      const Group *g = w->group + i;
+      for (int p = 0; p < g->planes; p++)
+        for (int word = 0; word < g->words; word++, to += w->tile) {
+          const int begin = word * w->word_columns;
+          const int count = g->columns - begin < w->word_columns ? g->columns - begin : w->word_columns;
+          const int64_t first = g->bit + p * g->plane_bits + begin;
+          *to = row < w->n ? stored_bits(stored + row * w->row_bytes, w->row_bytes, first, count) : 0;
+        }
+    }
+  }
+}
+
+/* Dense rows [row, row + rows) into out [rows, k], columns in stored order. */
+EXPORT void pbq_decode(const Weight *w, int64_t row, int64_t rows, int dtype, void *out, int threads) {
+  const Variant *v = variant(w->variant);
+  const int64_t row_size = w->k * (dtype == FLOAT32 ? 4 : 2);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < rows; i++) v->decode_row(w, row + i, dtype, (char *)out + i * row_size);
+}
+
+INLINE void gather_as(const Weight *w, const void *x, int dtype, int64_t begin, int64_t end, float *to) {
+  for (int64_t i = begin; i < end; i++) {
+    const int32_t column = w->column[i];
+    to[i] = column < 0 ? 0.0f : load(x, column, dtype);
+    if (w->column_scale) to[i] *= w->column_scale[i];
+  }
+}
+
+/* Positions [begin, end) of the tokens' x: stored order, fp32, padded, times the column scale. */
+static void gather(const Weight *w, const void *x, int dtype, int64_t begin, int64_t end, float *to) {
+  if (dtype == FLOAT32)
+    gather_as(w, x, FLOAT32, begin, end, to);
+  else if (dtype == BFLOAT16)
+    gather_as(w, x, BFLOAT16, begin, end, to);
+  else
+    gather_as(w, x, FLOAT16, begin, end, to);
+}
+
+/* fp64: an offset times a sum that has lost digits would show in every row. */
+static float group_sum(const Group *g, const float *x) {
+  double part[4] = {0};
+  for (int64_t i = 0; i < (int64_t)g->words * WORD; i++) part[i % 4] += x[i];
+  return (float)((part[0] + part[1]) + (part[2] + part[3]));
+}
+
+static void prepare_group(const Weight *w, const Variant *v, int mode, const Activations *a, int token,
+                          int i) {
+  const Group *g = w->group + i;
+  const int at = token * w->groups + i;
+  const int64_t begin = ((int64_t)token * w->words + g->first_word) * WORD;
+  if (g->offset >= 0) a->sum[at] = group_sum(g, a->x + begin);
+  if (mode == INT8)
+    v->quantize(a->x + begin, g->words, a->q + begin, a->q_scale + at, a->q_sum + at);
+}
+
+static void tabulate_part(const Weight *w, const Variant *v, const Activations *a, int token, int rank,
+                          int size) {
+  const int begin = (int)((int64_t)w->words * rank / size), end = (int)((int64_t)w->words * (rank + 1) / size);
+  const int64_t first = (int64_t)token * w->words + begin;
+  float *table = a->table + ((int64_t)begin * v->lookups * a->tokens + token) * v->entries;
+  v->tabulate(a->x + first * WORD, end - begin, table, a->tokens);
+}
+
+INLINE float overlay_as(const Weight *w, int64_t row, const void *x, int dtype) {
+  float part[4] = {0};
+  for (int64_t i = w->overlay_start[row]; i < w->overlay_start[row + 1]; i++)
+    part[i % 4] += w->overlay_delta[i] * load(x, w->overlay_column[i], dtype);
+  return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+static float overlay_dot(const Weight *w, int64_t row, const void *x, int dtype) {
+  if (dtype == FLOAT32) return overlay_as(w, row, x, FLOAT32);
+  return dtype == BFLOAT16 ? overlay_as(w, row, x, BFLOAT16) : overlay_as(w, row, x, FLOAT16);
+}
+
+/* This thread's share of the tiles, for the a->tokens tokens at x, into their rows of y. */
+static void run_tiles(const Weight *w, const Variant *v, int mode, const Activations *a, int rank,
+                      int size, const char *x, int dtype, char *y) {
+  const int64_t tiles = (w->n + w->tile - 1) / w->tile, element = dtype == FLOAT32 ? 4 : 2;
+  float rows[TOKENS * MAX_TILE];
+  for (int64_t tile = tiles * rank / size; tile < tiles * (rank + 1) / size; tile++) {
+    (mode == EXACT ? v->exact_tile : v->int8_tile)(w, a, tile, rows);
+    const int64_t first = tile * w->tile;
+    const int64_t count = w->n - first < w->tile ? w->n - first : w->tile;
+    for (int t = 0; t < a->tokens; t++)
+      for (int64_t r = 0; r < count; r++) {
+        float value = rows[t * w->tile + r];
+        if (w->overlay_start) value += overlay_dot(w, first + r, x + t * w->k * element, dtype);
+        store(y + t * w->n * element, first + r, dtype, value);
+      }
+  }
+}
+
+/* What one thread of `size` does. Barriers: x is gathered, x is prepared, x may be overwritten. */
+static void run_thread(const Weight *w, const Variant *v, int mode, Activations a, int rank, int size,
+                       const char *x, int dtype, int64_t m, char *y) {
+  const int64_t element = dtype == FLOAT32 ? 4 : 2, positions = (int64_t)w->words * WORD;
+  const int64_t begin = (int64_t)w->words * rank / size * WORD;
+  const int64_t end = (int64_t)w->words * (rank + 1) / size * WORD;
+  for (int64_t token = 0; token < m; token += a.tokens) {
+    a.tokens = m - token < TOKENS ? 1 : TOKENS;
+    const char *from = x + token * w->k * element;
+    for (int t = 0; t < a.tokens; t++) {
+      gather(w, from + t * w->k * element, dtype, begin, end, a.x + t * positions);
+      if (mode == EXACT) tabulate_part(w, v, &a, t, rank, size);
+    }
+#pragma omp barrier
+    for (int i = rank; i < a.tokens * w->groups; i += size)
+      prepare_group(w, v, mode, &a, i / w->groups, i % w->groups);
+#pragma omp barrier
+    run_tiles(w, v, mode, &a, rank, size, from, dtype, y + token * w->n * element);
+#pragma omp barrier
+  }
+}
+
+static void *carve(char **from, int64_t bytes) {
+  char *part = *from;
+  *from += (bytes + 63) / 64 * 64;
+  return part;
+}
+
+/* y [m, n] = x [m, k] @ W_hat.T, both contiguous and of `dtype`. 0, or 1 when memory is short. */
+EXPORT int pbq_matmul(const Weight *w, int mode, const void *x, int dtype, int64_t m, void *y,
+                      int threads) {
+  const Variant *v = variant(w->variant);
+  const int64_t tokens = m < TOKENS ? 1 : TOKENS;
+  const int64_t words = tokens * w->words, groups = tokens * w->groups;
+  const int64_t table = mode == EXACT ? words * v->lookups * v->entries : 0;
+  char *scratch = aligned_alloc(64, (size_t)(words * WORD * 5 + table * 4 + groups * 12 + 6 * 64 + 63) / 64 * 64);
+  if (!scratch) return 1;
+  char *next = scratch;
+  Activations a = {0};
+  a.table = carve(&next, table * 4);
+  a.x = carve(&next, words * WORD * 4);
+  a.q = carve(&next, words * WORD);
+  a.sum = carve(&next, groups * 4);
+  a.q_scale = carve(&next, groups * 4);
+  a.q_sum = carve(&next, groups * 4);
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    run_thread(w, v, mode, a, omp_get_thread_num(), omp_get_num_threads(), x, dtype, m, y);
+    free(scratch);
+    return 0;
+  }
+#endif
+  run_thread(w, v, mode, a, 0, 1, x, dtype, m, y);
+  free(scratch);
+  return 0;
+}

@@ -1,0 +1,433 @@
+"""The CPU backend: loads the compiled cpu.c by ctypes, repacks weights for it, multiplies.
+
+docs/kernels.md, section "CPU", describes the repacked layout and the two modes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pbq_kernels.layout import (
+    PackedWeight,
+    Tier,
+    WeightLayout,
+    check_tensors,
+    overlay_positions,
+)
+
+log = logging.getLogger(__name__)
+
+LIBRARY = Path(__file__).with_name("_cpu.so")
+BUILD = "`python -m pbq_kernels.cpu_build` builds it where there is a C compiler"
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MODES = {"exact": 0, "int8": 1}
+_WORD = 32  # positions of x kept for one weight word
+# Up to so many tokens decoding the weight never pays.
+_MOST_LOOKUP_TOKENS = 15
+# Rows of a dense tile for many tokens: 1-6 MB, which stays in the last-level cache.
+_DENSE_ROWS = 256
+# Below this many plane bits a second thread costs more than it does.
+_BITS_PER_THREAD = 2**18
+# int8 mode: 127 * 2**22 * 4 stays below 2**31, whatever the bits.
+_MOST_INT8_COLUMNS = 2**22
+
+
+class _Group(ctypes.Structure):
+    """Mirrors Group in cpu.c."""
+
+    _fields_ = (
+        ("bit", ctypes.c_int64),
+        ("plane_bits", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("columns", "words", "first_word", "stream")),
+        *((name, ctypes.c_int32) for name in ("planes", "tied", "scale", "offset")),
+    )
+
+
+class _Weight(ctypes.Structure):
+    """Mirrors Weight in cpu.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("n", "k", "row_bytes")),
+        *((name, ctypes.c_int32) for name in ("tile", "groups", "words")),
+        *((name, ctypes.c_int32) for name in ("stream", "slots", "word_columns")),
+        ("variant", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("group", "data", "scale", "column", "column_scale")),
+        *((f"overlay_{name}", ctypes.c_void_p) for name in ("start", "column", "delta")),
+    )
+
+
+class LibraryError(RuntimeError):
+    """The compiled kernels cannot be loaded. Says why and what to do."""
+
+
+def load_library(path: Path) -> ctypes.CDLL:
+    """The compiled cpu.c, its functions declared. Raises LibraryError."""
+    # not at import: `python -m pbq_kernels.cpu_build` must not find itself loaded already
+    from pbq_kernels import cpu_build
+
+    if not path.exists():
+        raise LibraryError(f"the compiled CPU kernels are missing ({path}); {BUILD}")
+    try:
+        library = _open(path)
+    except OSError as error:
+        raise LibraryError(f"the compiled CPU kernels do not load: {error}; {BUILD}") from error
+    _declare(library)
+    if library.pbq_source_hash().decode() != cpu_build.source_hash():
+        raise LibraryError(f"{path.name} was built from another cpu.c; {BUILD}")
+    return library
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))  # OpenMP from the runtime that torch made global
+    except OSError:
+        ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)  # a torch that came without one
+        return ctypes.CDLL(str(path))
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    integer, wide, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+    library.pbq_source_hash.restype = ctypes.c_char_p
+    library.pbq_variant_name.restype = ctypes.c_char_p
+    library.pbq_repack.argtypes = [pointer, pointer, pointer, integer]
+    library.pbq_repack.restype = None
+    library.pbq_decode.argtypes = [pointer, wide, wide, integer, pointer, integer]
+    library.pbq_decode.restype = None
+    library.pbq_matmul.argtypes = [pointer, integer, pointer, integer, wide, pointer, integer]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | LibraryError:
+    """The library, or why there is none; the latter is said once."""
+    try:
+        return load_library(LIBRARY)
+    except LibraryError as error:
+        log.warning("packed weights run by the slow reference on this CPU: %s", error)
+        return error
+
+
+def variants(library: ctypes.CDLL) -> list[str]:
+    """Names of the kernel variants that this machine can run, fastest first."""
+    names = []
+    while name := library.pbq_variant_name(len(names)):
+        names.append(name.decode())
+    return names
+
+
+@dataclass(frozen=True)
+class _Overlay:
+    """Entries that replace single weights, as what they add to the planes below them, by row."""
+
+    start: Tensor  # int64 [n + 1]
+    column: Tensor  # int32 [overlay]: of x
+    stored: Tensor  # int32 [overlay]: of the decoded weight
+    delta: Tensor  # float32 [overlay]
+
+
+@dataclass(eq=False)
+class CpuWeight:
+    """A weight in the layout of cpu.c. `struct` points into the tensors and `groups`."""
+
+    n: int
+    k: int
+    bits: int  # plane bits: n times the sum of planes over the columns
+    library: ctypes.CDLL
+    permutation: Tensor | None  # int64 [k]: column of each stored column; None is the identity
+    groups: Any
+    data: Tensor  # int32 [tiles, stream, tile]
+    scale: Tensor  # float16 [tiles, slots, tile]
+    column: Tensor  # int32 [positions of x]
+    column_scale: Tensor | None  # float32 [positions of x]
+    struct: _Weight
+    overlay: _Overlay | None = None
+
+    def __post_init__(self) -> None:
+        self.address = ctypes.addressof(self.struct)
+
+
+def repack(pw: PackedWeight, library: ctypes.CDLL, variant: int) -> CpuWeight:
+    """The stored planes as cpu.c's `variant` reads them. Raises PackedFormatError on bad values."""
+    layout, tensors = pw.layout, pw.tensors
+    check_tensors(layout, tensors, values=True)
+    columns_per_word = library.pbq_variant_word_columns(variant)
+    tile = 64 if layout.n >= 1024 else 32
+    groups = _groups(layout, columns_per_word)
+    array = (_Group * len(groups))(*groups)
+    column, column_scale = _positions(pw, groups, columns_per_word)
+    scale = _tiled_scales(pw, tile)
+    stream = groups[-1].stream + groups[-1].planes * groups[-1].words
+    data = torch.empty(math.ceil(layout.n / tile), stream, tile, dtype=torch.int32)
+    struct = _Weight(
+        n=layout.n,
+        k=layout.k,
+        row_bytes=layout.row_bytes,
+        tile=tile,
+        groups=len(groups),
+        words=len(column) // _WORD,
+        stream=stream,
+        slots=scale.shape[1],
+        word_columns=columns_per_word,
+        variant=variant,
+        group=ctypes.addressof(array),
+        data=data.data_ptr(),
+        scale=scale.data_ptr(),
+        column=column.data_ptr(),
+        column_scale=None if column_scale is None else column_scale.data_ptr(),
+    )
+    stored = tensors["weight"].contiguous()
+    library.pbq_repack(
+        ctypes.byref(struct), stored.data_ptr(), data.data_ptr(), torch.get_num_threads()
+    )
+    weight = CpuWeight(
+        layout.n,
+        layout.k,
+        layout.n * sum(tier.planes * tier.columns for tier in layout.tiers),
+        library,
+        pw.permutation() if "tier" in tensors else None,
+        array,
+        data,
+        scale,
+        column,
+        column_scale,
+        struct,
+    )
+    if layout.overlay:
+        _add_overlay(weight, pw)
+    return weight
+
+
+def _add_overlay(weight: CpuWeight, pw: PackedWeight) -> None:
+    rows, columns = overlay_positions(pw.layout, pw.tensors)
+    stored = torch.argsort(pw.permutation())[columns]
+    delta = pw.tensors["overlay_value"].float() * pw.tensors["overlay_scale"].float()[rows]
+    start = torch.zeros(weight.n + 1, dtype=torch.int64)
+    start[1:] = torch.cumsum(pw.tensors["overlay_count"], 0)
+    for tile_rows, tile in _decoded_tiles(weight, torch.float32):
+        entries = slice(int(start[tile_rows.start]), int(start[tile_rows.stop]))
+        delta[entries] -= tile[rows[entries] - tile_rows.start, stored[entries]]
+    overlay = _Overlay(start, columns.to(torch.int32), stored.to(torch.int32), delta)
+    weight.overlay = overlay
+    weight.struct.overlay_start = overlay.start.data_ptr()
+    weight.struct.overlay_column = overlay.column.data_ptr()
+    weight.struct.overlay_delta = overlay.delta.data_ptr()
+
+
+def _groups(layout: WeightLayout, columns_per_word: int) -> list[_Group]:
+    """Every group of every tier, in storage order; a group begins at a word of its own."""
+    groups: list[_Group] = []
+    byte = word = stream = scale = 0
+    offset = sum(tier.scales for tier in layout.tiers)  # slots of offsets follow those of scales
+    for tier in layout.tiers:
+        for g in range(tier.groups):
+            begin, columns = _group_span(tier, g)
+            words = math.ceil(columns / columns_per_word)
+            groups.append(
+                _Group(
+                    bit=8 * byte + begin,
+                    plane_bits=tier.columns,
+                    columns=columns,
+                    words=words,
+                    first_word=word,
+                    stream=stream,
+                    planes=tier.planes,
+                    tied=tier.tied,
+                    scale=scale,
+                    offset=offset if tier.offset else -1,
+                )
+            )
+            word += words
+            stream += tier.planes * words
+            scale += tier.scales // tier.groups
+            offset += tier.offset
+        byte += tier.row_bytes
+    return groups
+
+
+def _group_span(tier: Tier, g: int) -> tuple[int, int]:
+    """(first column, number of columns) of group g, counted in the tier's storage order."""
+    size = tier.columns if tier.group_size == -1 else tier.group_size
+    return g * size, min(size, tier.columns - g * size)
+
+
+def _positions(
+    pw: PackedWeight, groups: Sequence[_Group], columns_per_word: int
+) -> tuple[Tensor, Tensor | None]:
+    """(column int32, column_scale float32 or None) of each position of the padded x.
+
+    Words of 32 positions, the first `columns_per_word` of them used; -1 and 0 at padding.
+    """
+    words = groups[-1].first_word + groups[-1].words
+    position = torch.cat(
+        [
+            g.first_word * _WORD + c // columns_per_word * _WORD + c % columns_per_word
+            for g in groups
+            for c in [torch.arange(g.columns)]
+        ]
+    )
+    column = torch.full((words * _WORD,), -1, dtype=torch.int32)
+    column[position] = pw.permutation().to(torch.int32)
+    if not pw.layout.column_scale:
+        return column, None
+    column_scale = torch.zeros(words * _WORD)
+    column_scale[position] = pw.tensors["column_scale"].float()[pw.permutation()]
+    return column, column_scale
+
+
+def _tiled_scales(pw: PackedWeight, tile: int) -> Tensor:
+    """Scales, then offsets, float16 [tiles, slots, tile]; zero past the last row."""
+    n = pw.layout.n
+    parts = [pw.tensors[name] for name in ("scale", "offset") if name in pw.tensors]
+    slots = sum(part.shape[1] for part in parts)
+    padded = torch.zeros(math.ceil(n / tile) * tile, slots, dtype=torch.float16)
+    if parts:
+        padded[:n] = torch.cat(parts, 1)
+    return padded.view(len(padded) // tile, tile, slots).transpose(1, 2).contiguous()
+
+
+class CpuBackend:
+    """cpu.c behind the `Backend` protocol.
+
+    mode: "exact" sums in fp32; "int8" rounds x to int8 per token, tier and group of scales.
+    variant: a name that `variants` gives, or None for the fastest of this machine.
+    """
+
+    def __init__(self, name: str, mode: str = "exact", variant: str | None = None) -> None:
+        self.name = name
+        self._mode = _MODES[mode]
+        self._variant = variant
+
+    def why_not(self, layout: WeightLayout, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"it runs on the CPU, the weight is on {device}"
+        if self._mode == _MODES["int8"] and layout.k > _MOST_INT8_COLUMNS:
+            return f"its int8 sums could overflow above {_MOST_INT8_COLUMNS} columns"
+        library = _library()
+        if isinstance(library, LibraryError):
+            return str(library)
+        if self._variant and self._variant not in variants(library):
+            return f"this CPU does not run the {self._variant} variant"
+        return None
+
+    def prepare(self, pw: PackedWeight) -> CpuWeight:
+        reason = self.why_not(pw.layout, pw.tensors["weight"].device)
+        library = _library()
+        if reason or isinstance(library, LibraryError):
+            raise ValueError(f"kernel backend {self.name!r} cannot be used here: {reason}")
+        variant = variants(library).index(self._variant) if self._variant else 0
+        return repack(pw, library, variant)
+
+    def matmul(self, x: Tensor, prepared: CpuWeight) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            return _Multiply.apply(x, prepared, self._mode)
+        return _multiply(x, prepared, self._mode)
+
+
+def _check_input(x: Tensor, columns: int) -> None:
+    if not x.is_cpu or not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype} on {x.device}; needed: floating point on cpu")
+    if x.ndim == 0 or x.shape[-1] != columns:
+        raise ValueError(f"x has shape {tuple(x.shape)}; the weight has {columns} columns")
+
+
+def _multiply(x: Tensor, weight: CpuWeight, mode: int) -> Tensor:
+    """x [*b, k] @ W_hat.T -> [*b, n]. A small layer takes 10 us: every line here is measured."""
+    n, k = weight.n, weight.k
+    _check_input(x, k)
+    m = x.numel() // k
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], n))
+    dtype = _DTYPES.get(x.dtype)
+    if dtype is None or (m > _MOST_LOOKUP_TOKENS and _prefers_dense(weight, m, mode)):
+        _multiply_dense(x.view(m, k), weight, y.view(m, n))
+        return y
+    threads = min(torch.get_num_threads(), 1 + m * weight.bits // _BITS_PER_THREAD)
+    if weight.library.pbq_matmul(
+        weight.address, mode, x.data_ptr(), dtype, m, y.data_ptr(), threads
+    ):
+        raise MemoryError(f"no memory for the lookup tables of {k} columns")
+    return y
+
+
+def _prefers_dense(weight: CpuWeight, m: int, mode: int) -> bool:
+    """Whether decoding the weight and a bf16 matrix product beat lookups, plane after plane.
+
+    Measured (Zen 4, one thread, 1e9 multiplications/s): lookups 135 a plane, product 80, decoding
+    4.4 weights. AMX multiplies about ten times as fast.
+    """
+    if mode == _MODES["int8"]:
+        return False
+    product = 800 if weight.library.pbq_has_amx() else 80
+    return weight.bits / (weight.n * weight.k) > 135 * (1 / product + 1 / (4.4 * m))
+
+
+def _decoded_tiles(weight: CpuWeight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, dense weight [rows, k] of those rows, columns in stored order), tile after tile.
+
+    One buffer is used again and again: a tile is valid until the next is asked for.
+    """
+    n, k = weight.n, weight.k
+    stored = dtype if dtype in _DTYPES else torch.float32
+    buffer = torch.empty(min(n, _DENSE_ROWS), k, dtype=stored)
+    for begin in range(0, n, _DENSE_ROWS):
+        rows = min(_DENSE_ROWS, n - begin)
+        weight.library.pbq_decode(
+            weight.address,
+            begin,
+            rows,
+            _DTYPES[stored],
+            buffer.data_ptr(),
+            torch.get_num_threads(),
+        )
+        tile = buffer[:rows]
+        if weight.overlay:
+            _overlay_tile(tile, weight.overlay, begin)
+        yield slice(begin, begin + rows), tile.to(dtype)
+
+
+def _overlay_tile(tile: Tensor, overlay: _Overlay, begin: int) -> None:
+    start = overlay.start[begin : begin + len(tile) + 1]
+    entries = slice(int(start[0]), int(start[-1]))
+    rows = torch.repeat_interleave(torch.arange(len(tile)), start.diff())
+    tile[rows, overlay.stored[entries].long()] += overlay.delta[entries].to(tile.dtype)
+
+
+def _multiply_dense(x: Tensor, weight: CpuWeight, y: Tensor) -> None:
+    """y [m, n] = x [m, k] @ W_hat.T through tiles of dense rows."""
+    if weight.permutation is not None:
+        x = x.index_select(1, weight.permutation)
+    for rows, tile in _decoded_tiles(weight, x.dtype):
+        y[:, rows] = torch.nn.functional.linear(x, tile)
+
+
+class _Multiply(torch.autograd.Function):
+    """Gradient with respect to x only: grad @ W_hat."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: CpuWeight, mode: int) -> Tensor:
+        ctx.weight = weight
+        return _multiply(x, weight, mode)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grads
+        weight: CpuWeight = ctx.weight
+        flat = grad.reshape(-1, weight.n)
+        stored = grad.new_zeros(len(flat), weight.k)
+        for rows, tile in _decoded_tiles(weight, grad.dtype):
+            stored += flat[:, rows] @ tile
+        grad_x = stored
+        if weight.permutation is not None:
+            grad_x = torch.empty_like(stored)
+            grad_x[:, weight.permutation] = stored
+        return grad_x.view(*grad.shape[:-1], weight.k), None, None
