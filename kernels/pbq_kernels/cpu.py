@@ -119,7 +119,7 @@ def _library() -> ctypes.CDLL | LibraryError:
 
 def variants(library: ctypes.CDLL) -> list[str]:
     """Names of the kernel variants that this machine can run, fastest first."""
-    names = []
+    names: list[str] = []
     while name := library.pbq_variant_name(len(names)):
         names.append(name.decode())
     return names
