@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,26 @@ def test_not_a_causal_model(tmp_path: Path) -> None:
 def test_unknown_architecture(broken: Path) -> None:
     edit_json(broken / "config.json", model_type="gpt9", architectures=["GPT9ForCausalLM"])
     assert "unreadable config" in refusal(broken) and "gpt9" in refusal(broken)
+
+
+def test_code_that_comes_with_the_model_runs_only_when_trusted(
+    broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # transformers copies such code to a cache, and adds that to the path: not to the user's
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (broken / "custom.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    auto_map = {"AutoConfig": "custom.OwnConfig", "AutoModelForCausalLM": "custom.OwnForCausalLM"}
+    edit_json(broken / "config.json", model_type="own", auto_map=auto_map)
+    assert "custom code" in refusal(broken)
+    assert compute_dtype(Source("m", broken), torch.device("cpu")) == torch.float32
+    model, _ = load_model(str(broken), torch.float32, trust_remote_code=True)
+    assert type(model).__name__ == "OwnForCausalLM"
+    assert check_coverage(model).share == 1
 
 
 def test_no_weights(broken: Path) -> None:
