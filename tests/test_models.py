@@ -18,6 +18,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     PreTrainedModel,
+    dynamic_module_utils,
 )
 
 from pbq.errors import ModelError, UsageError
