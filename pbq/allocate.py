@@ -88,3 +88,76 @@ def stored_bits(plans: Mapping[str, LayerPlan], rows: Mapping[str, int]) -> floa
     """Stored bits per weight of a whole model under these plans."""
     layouts = [plan.layout(rows[name]) for name, plan in plans.items()]
     return sum(L.stored_bits for L in layouts) / sum(L.n * L.k for L in layouts)
+
+
+# Relative squared error of a Gaussian on its best 2**p levels, p = 0 … 4 (Max 1960; measured on
+# the weights of SmolLM2-135M within 10 %). More planes than that never pay below 3 bits.
+DISTORTION = (1.0, 0.363, 0.1175, 0.0345, 0.0095)
+
+
+def waterfill(
+    damage: Mapping[str, Float[Tensor, " k"]],
+    rows: Mapping[str, int],
+    bits: float,
+    tiers_for: Callable[[list[int]], tuple[Tier, ...]],
+) -> dict[str, LayerPlan]:
+    """Planes per column by reverse water-filling over all layers under one budget of stored bits.
+
+    damage [k]: loss if a column were dropped; p planes leave DISTORTION[p] of it. Every column
+    takes the p with the least damage * DISTORTION[p] + price * n * p, and the price of a bit is
+    searched until the stored bits, scales and tier bytes included, just fit. tiers_for(counts):
+    tiers for so many columns at 0, 1, … planes. Raises UsageError naming the least bits.
+    """
+
+    def plans_at(price: float) -> dict[str, LayerPlan]:
+        return {
+            name: _layer_plan(_planes(d, price * rows[name]), tiers_for)
+            for name, d in damage.items()
+        }
+
+    least = stored_bits(plans_at(math.inf), rows)
+    if least > bits:
+        raise UsageError(
+            f"{bits:g} bits cannot hold the masks of this model; "
+            f"the least is --bits {math.ceil(1000 * least) / 1000:.3f}"
+        )
+    low, high = 0.0, max(float(d.max()) / rows[n] for n, d in damage.items()) + 1e-30
+    best = plans_at(high)
+    # prices span as many decades as damages do, so the search halves their ratio, not their gap
+    low = high * 1e-12
+    for _ in range(60):
+        price = math.sqrt(low * high)
+        plans = plans_at(price)
+        if stored_bits(plans, rows) <= bits:
+            best, high = plans, price
+        else:
+            low = price
+    return best
+
+
+def _planes(damage: Tensor, price: float) -> Tensor:
+    """int64 [k]: planes of each column at a price per plane."""
+    planes = torch.arange(len(DISTORTION), device=damage.device)
+    if math.isinf(price):
+        return torch.zeros(len(damage), dtype=torch.int64, device=damage.device)
+    cost = damage.double()[:, None] * torch.tensor(DISTORTION).double() + price * planes
+    return cost.argmin(1)
+
+
+def _layer_plan(planes: Tensor, tiers_for: Callable[[list[int]], tuple[Tier, ...]]) -> LayerPlan:
+    """Tiers of a layer, without the levels too few columns asked for: these go one plane down.
+
+    A level costs its scales, 16 bits a row and plane, as much as 16 columns of one plane.
+    """
+    planes = planes.clone()
+    for p in range(len(DISTORTION) - 1, 0, -1):
+        if 0 < int((planes == p).sum()) < LEAST_COLUMNS:
+            planes[planes == p] = p - 1
+    counts = torch.bincount(planes, minlength=len(DISTORTION)).tolist()
+    used = [p for p, count in enumerate(counts) if count]
+    rank = torch.zeros(len(counts), dtype=torch.uint8)
+    rank[used] = torch.arange(len(used), dtype=torch.uint8)
+    return LayerPlan(tiers_for(counts), rank[planes.cpu()])
+
+
+LEAST_COLUMNS = 24

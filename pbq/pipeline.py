@@ -269,7 +269,7 @@ class _Run:
         else:
             self.observer.stage("distillation", settings.steps)
             with self.report.timed("distillation"):
-                tensors, meta = self._train(packed, rows, hidden, linears)
+                tensors, meta = self._train(work, packed, rows, hidden, linears)
             work.save("distillation", tensors, meta)
         self.report.distillation = meta["tuned"]
         found = _unflatten(tensors, {n: pw.layout for n, pw in packed.items()})
@@ -278,8 +278,15 @@ class _Run:
         _copy_norms(self.model, tensors)
         return found
 
+    def _latent(self, work: Work, name: str) -> Tensor:
+        """Where the latent weight of a linear starts: as GPTQ compensated it before rounding."""
+        index, linear = name.removeprefix(f"{self.blocks_name}.").split(".", 1)
+        tensors, _ = work.load(f"block-{int(index):05d}")
+        return tensors[f"latent.{linear}"].float().to(next(self.model.parameters()).device)
+
     def _train(
         self,
+        work: Work,
         packed: Mapping[str, PackedWeight],
         rows: Sequence[Tensor],
         hidden: Sequence[Tensor],
@@ -298,7 +305,15 @@ class _Run:
         def teacher(i: int) -> Tensor:
             return run_tail(self.model, self.blocks, rows[i], hidden[i])
 
-        weights = {n: TunableWeight(unpack(pw)) for n, pw in packed.items()}
+        weights = {
+            n: TunableWeight(
+                unpack(pw),
+                self._latent(work, n) if settings.latent_lr else None,
+                settings.only_planes,
+                weight_of(linears[n]).dtype,
+            )
+            for n, pw in packed.items()
+        }
         found, gains, tuned = distill(
             student,
             teacher,
@@ -341,8 +356,10 @@ class _Run:
             targets = quantizer.targets
             packed, meta = self._tune_and_pack(quantizer, done, streams, index)
             meta["seconds"] = time.monotonic() - started
-            norms = {f"norm.{n}": p for n, p in _norms(block).items()}
-            work.save(key, {**_flatten(packed), **norms}, meta)
+            kept = {f"norm.{n}": p for n, p in _norms(block).items()}
+            if self.recipe.distillation is not None and self.recipe.distillation.latent_lr:
+                kept |= {f"latent.{n}": x.bfloat16() for n, x in done.latents.items()}
+            work.save(key, {**_flatten(packed), **kept}, meta)
         streams.quant = [_forward(block, x, call) for x in streams.quant]
         streams.fp = targets
         self.report.blocks.append({"name": name, **meta})
@@ -371,7 +388,10 @@ class _Run:
                 run,
                 {
                     n: TunableWeight(
-                        qw, done.latents[n] if tuning.latent_lr else None, tuning.only_planes
+                        qw,
+                        done.latents[n] if tuning.latent_lr else None,
+                        tuning.only_planes,
+                        weight_of(linears[n]).dtype,
                     )
                     for n, qw in weights.items()
                 },

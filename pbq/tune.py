@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pbq.grid import Grid, QuantizedWeight, TierGrid, signs, stored
+from pbq.grid import Grid, QuantizedWeight, TierGrid, stored
 
 Progress = Callable[[int, int], None]
 
@@ -91,17 +91,23 @@ class TunableWeight(nn.Module):
 
     Kept transposed, a tier being consecutive rows [c, n]: columns of W are rows here, so that
     putting them back in order copies whole rows. Scales train as factors around 1, which
-    gives every row and plane the same relative step. `only_planes`: see Rates.
+    gives every row and plane the same relative step. `only_planes`: see Rates. dtype: of the weight
+    that comes out, the model's own.
     """
 
     def __init__(
-        self, qw: QuantizedWeight, latent: Tensor | None = None, only_planes: int | None = None
+        self,
+        qw: QuantizedWeight,
+        latent: Tensor | None = None,
+        only_planes: int | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        self.dtype = dtype
         self.tiers, self.tier_of = qw.tiers, qw.tier_of
         self._trained = [only_planes in (None, tier.planes) for tier in qw.tiers]
         order = torch.argsort(qw.tier_of, stable=True)
-        self._inverse = torch.argsort(order)
+        self._order, self._inverse = order, torch.argsort(order)
         self._group_of = [t.group_of_column().to(order.device) for t in qw.tiers]
         self._scale0 = [g.scale.permute(1, 2, 0).contiguous() for g in qw.grids]  # [G, S, n]
         self._offset0 = [None if g.offset is None else g.offset.T.contiguous() for g in qw.grids]
@@ -131,26 +137,13 @@ class TunableWeight(nn.Module):
                 nn.Parameter(self._where_it_rounds(t, part).contiguous())
                 for t, part in enumerate(start.split([t.columns for t in qw.tiers]))
             )
-        self._sigma = [self._signs(t, c) for t, c in enumerate(self._codes)]
 
     def _where_it_rounds(self, t: int, latent: Tensor) -> Tensor:
         """The latent weights, or the level itself where they would not round to the stored code."""
         with torch.no_grad():
             # a column scale of zero leaves no latent weight to start from
             same = (self._nearest(t, latent) == self._codes[t]) & latent.isfinite()
-            sigma = self._signs(t, self._codes[t])
-            return torch.where(same, latent, self._levels(t, sigma).float())
-
-    def _signs(self, t: int, codes: Tensor) -> Tensor:
-        """codes [c, n] -> ±1 of what each stored scale multiplies, bfloat16 [c, S, n]."""
-        tier = self.tiers[t]
-        sigma = signs(tier.planes, codes.device)
-        if tier.tied and tier.planes:
-            sigma = (sigma * 2.0 ** torch.arange(tier.planes, device=codes.device)).sum(
-                1, keepdim=True
-            )
-        # small odd integers: exact in bfloat16 up to eight planes
-        return sigma.bfloat16()[codes.long()].transpose(1, 2)
+            return torch.where(same, latent, self.values(t, self._codes[t], *self._numbers(t)))
 
     def _numbers(self, t: int) -> tuple[Tensor, Tensor | None]:
         """Current scale [G, S, n] and offset [G, n] of a tier."""
@@ -158,23 +151,43 @@ class TunableWeight(nn.Module):
         moved = None if offset is None else (offset + self.offset[t] * self._unit[t]) * row
         return self._scale0[t] * self.scale[t] * row, moved
 
-    def _levels(self, t: int, sigma: Tensor) -> Tensor:
-        """sigma [c, S, n] -> weights [c, n]."""
-        scale, offset = self._numbers(t)
-        if self.tiers[t].groups != 1:
-            group = self._group_of[t]
-            scale = scale[group]
-            offset = None if offset is None else offset[group]
-        W = (sigma * scale).sum(1) if sigma.shape[1] != 1 else sigma[:, 0] * scale[:, 0]
-        return W if offset is None else W + offset
+    def factors(self, t: int) -> list[int]:
+        """How many times each stored scale's step plane p moves a weight: 2**p where tied."""
+        planes = range(self.tiers[t].planes)
+        return [2**p if self.tiers[t].tied else 1 for p in planes]
+
+    def per_column(self, t: int, numbers: Tensor) -> Tensor:
+        """[G, ...] numbers of groups -> [c, ...], or [1, ...] where one group is all."""
+        return numbers if self.tiers[t].groups == 1 else numbers[self._group_of[t]]
+
+    def group_sums(self, t: int, x: Tensor) -> Tensor:
+        """[c, n] -> [G, n]."""
+        sums = x.new_zeros(self.tiers[t].groups, x.shape[1])
+        return sums.index_add(0, self._group_of[t], x)
+
+    def values(self, t: int, codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+        """Codes uint8 [c, n] -> weights float32 [c, n], on scale [G, S, n] and offset [G, n]."""
+        scale = self.per_column(t, scale)
+        W = torch.zeros(codes.shape, device=codes.device)
+        if offset is not None:
+            W += self.per_column(t, offset)
+        for p, factor in enumerate(self.factors(t)):
+            step = scale[:, 0 if self.tiers[t].tied else p] * factor
+            W += torch.where(bit(codes, p), step, -step)
+        return W
 
     @torch.no_grad()
     def _nearest(self, t: int, latent: Tensor) -> Tensor:
         """Nearest codes uint8 [c, n] of latent weights [c, n] on the current levels."""
         codes = torch.zeros(latent.shape, dtype=torch.uint8, device=latent.device)
         for g in range(self.tiers[t].groups if self.tiers[t].planes else 0):
-            rows = (self._group_of[t] == g).nonzero(as_tuple=True)[0]
-            codes[rows] = self._grid(t, g).codes(latent[rows].T).T
+            rows = slice(None) if self.tiers[t].groups == 1 else self._group_of[t] == g
+            level, code = self._grid(t, g).levels().sort(dim=1)
+            middle = ((level[:, 1:] + level[:, :-1]) / 2).T
+            rank = torch.zeros_like(codes[rows])
+            for boundary in middle:
+                rank += latent[rows] > boundary
+            codes[rows] = code.T.gather(0, rank.long()).to(torch.uint8)
         return codes
 
     def _grid(self, t: int, g: int) -> Grid:
@@ -185,20 +198,22 @@ class TunableWeight(nn.Module):
         return numbers.grid(self.tiers[t], g)
 
     def forward(self) -> Tensor:
-        """The weight [n, k] in float32, differentiable in all that trains."""
-        parts = []
-        for t in range(len(self.tiers)):
-            if not len(self.latent):
-                parts.append(self._levels(t, self._sigma[t]))
-                continue
-            latent = self.latent[t]
-            sigma = self._signs(t, self._nearest(t, latent))
-            # straight-through: the latent weight receives the gradient of its rounded value
-            parts.append(self._levels(t, sigma) + (latent - latent.detach()))
-        W = torch.cat(parts)[self._inverse].T
+        """The weight [n, k] in `dtype`, differentiable in all that trains; computed in float32."""
+        tiers = range(len(self.tiers))
+        codes = [self._nearest(t, x) for t, x in enumerate(self.latent)] or self._codes
+        scales, offsets = zip(*(self._numbers(t) for t in tiers), strict=True)
+        W = _FromCodes.apply(self, codes, *scales, *offsets, *self.latent)
         if self._column0 is None or self.column is None:
             return W
-        return W * (self._column0 * self.column)
+        return W * (self._column0 * self.column).to(self.dtype)
+
+    def assemble(self, parts: Sequence[Tensor]) -> Tensor:
+        """Tiers [c, n] -> the weight [n, k]."""
+        return torch.cat(list(parts)).index_select(0, self._inverse).T
+
+    def split(self, W: Tensor) -> Sequence[Tensor]:
+        """Inverse of `assemble`."""
+        return W.T.index_select(0, self._order).split([t.columns for t in self.tiers])
 
     @torch.no_grad()
     def freeze(self) -> QuantizedWeight:
@@ -228,6 +243,58 @@ class TunableWeight(nn.Module):
                 size = float(self._scale0[t].abs().sum(1).mean())
                 out.append(([self.latent[t]], tuning.latent_lr * size))
         return out
+
+
+def bit(codes: Tensor, plane: int) -> Tensor:
+    """Bool: is this plane +1."""
+    return (codes & (1 << plane)).bool()
+
+
+class _FromCodes(torch.autograd.Function):
+    """Codes and numbers -> weight. Saves the codes alone, a byte a weight.
+
+    Gradients: of a scale, the sum of ±dW over its columns; of an offset, the sum of dW; of a latent
+    weight, dW itself (straight-through: Bengio et al. 2013).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, own: TunableWeight, codes: list[Tensor], *numbers: Any) -> Tensor:
+        ctx.own, ctx.codes, ctx.count = own, codes, len(numbers) // len(codes)
+        T = len(codes)
+        parts = [own.values(t, codes[t], numbers[t], numbers[T + t]) for t in range(T)]
+        parts = [part.to(own.dtype) for part in parts]
+        return own.assemble(parts)
+
+    @staticmethod
+    def backward(ctx: Any, dW: Tensor) -> Any:
+        own, codes = ctx.own, ctx.codes
+        parts = own.split(dW)
+        scales = [_scale_gradient(own, t, codes[t], parts[t]) for t in range(len(codes))]
+        offsets = [
+            _per_group(own, t, parts[t]) if tier.offset else None
+            for t, tier in enumerate(own.tiers)
+        ]
+        latents = [part.float() for part in parts] if ctx.count == 3 else []
+        return (None, None, *scales, *offsets, *latents)
+
+
+def _scale_gradient(own: TunableWeight, t: int, codes: Tensor, dW: Tensor) -> Tensor:
+    """[G, S, n]."""
+    planes = [
+        _per_group(own, t, torch.where(bit(codes, p), dW, -dW)) * factor
+        for p, factor in enumerate(own.factors(t))
+    ]
+    if not planes:
+        return dW.new_zeros(own.tiers[t].groups, 0, dW.shape[1], dtype=torch.float32)
+    stacked = torch.stack(planes, 1)
+    return stacked.sum(1, keepdim=True) if own.tiers[t].tied else stacked
+
+
+def _per_group(own: TunableWeight, t: int, x: Tensor) -> Tensor:
+    """[c, n] summed over the columns of each group, float32 [G, n]."""
+    if own.tiers[t].groups == 1:
+        return x.sum(0, keepdim=True, dtype=torch.float32)
+    return own.group_sums(t, x.float())
 
 
 def relative_mse(y: Tensor, target: Tensor) -> Tensor:

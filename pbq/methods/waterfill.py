@@ -1,0 +1,59 @@
+"""waterfill: tiers of 0 to 4 planes by reverse water-filling, everything trained end to end.
+
+Channels get planes by the damage avoided per stored bit, E[x²]·|w|², in each layer under the same
+budget. Grids have free plane scales per row, found by alternating least squares. The linears are
+rebuilt as for ptq161 (compensated GPTQ, coarse tier first, joint scales, one sweep over the
+codes); then scales, norms and signs are distilled from the original model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pbq.allocate import LayerPlan, PlanInput, waterfill
+from pbq.config import QuantConfig
+from pbq.grid import Grid, fit_planes
+from pbq.tune import Distillation, Recipe
+from pbq_kernels.layout import Tier
+
+
+@dataclass(frozen=True)
+class Waterfill:
+    name: str = "waterfill"
+    summary: str = "0 to 4 planes a channel by damage avoided per bit, distilled end to end"
+    wants_gradients: bool = False
+    scope: str = "layer"
+
+    def plan(self, layers: Mapping[str, PlanInput], config: QuantConfig) -> dict[str, LayerPlan]:
+        damage = {n: x.stats.x_sq * x.W.float().pow(2).sum(0) for n, x in layers.items()}
+        if self.wants_gradients:
+            damage = {n: d * layers[n].stats.g_sq.mean() for n, d in damage.items()}
+        rows = {n: x.W.shape[0] for n, x in layers.items()}
+        if self.scope == "model":
+            return waterfill(damage, rows, config.bits, _tiers)
+        return {
+            n: waterfill({n: d}, {n: rows[n]}, config.bits, _tiers)[n] for n, d in damage.items()
+        }
+
+    def fit(self, W: Tensor, weight: Tensor, tier: Tier, row: Tensor) -> Grid:
+        return fit_planes(W, weight, tier.planes)
+
+    def recipe(self, config: QuantConfig) -> Recipe:
+        steps = {"fast": 60, "default": 400, "best": 2000}[config.effort]
+        return Recipe(hessian_tokens=32768, distillation=Distillation(steps=steps))
+
+    def paper_bits(self, plans: Mapping[str, LayerPlan], rows: Mapping[str, int]) -> float:
+        """No paper: the planes alone, as others would count them."""
+        payload = sum(rows[n] * t.planes * t.columns for n, p in plans.items() for t in p.tiers)
+        return payload / sum(rows[n] * len(plan.tier_of) for n, plan in plans.items())
+
+
+def _tiers(counts: list[int]) -> tuple[Tier, ...]:
+    return tuple(Tier(p, count) for p, count in enumerate(counts) if count)
+
+
+def method(config: QuantConfig) -> Waterfill:
+    return Waterfill()
