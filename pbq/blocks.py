@@ -247,10 +247,12 @@ class BlockQuantizer:
             x_f, x_q = _flat(originals[i][first]), _flat(seen[first])
             weighted = x_q * w[:, None]
             H.addmm_(weighted.T, x_q)
-            cross.addmm_((x_f - x_q).T, weighted)
+            # the gaps may be multiplied in the model's own dtype: unlike H nothing inverts them
+            own = weighted.to(seen[first].dtype)
+            cross += (x_f - x_q).to(own.dtype).T @ own
             for name, base in bases.items():
-                gap = (_flat(originals[i][base]) - _flat(seen[base])).T @ weighted
-                residual[name] = residual.get(name, 0) + gap
+                gap = _flat(originals[i][base]) - _flat(seen[base])
+                residual[name] = residual.get(name, 0) + (gap.to(own.dtype).T @ own).float()
             total += float(w.sum())
         if not all(torch.isfinite(moment).all() for moment in (H, cross, *residual.values())):
             raise NumericalError(f"{self.name}.{first}: non-finite inputs on the calibration text")

@@ -29,8 +29,6 @@ class Waterfill:
 
     def plan(self, layers: Mapping[str, PlanInput], config: QuantConfig) -> dict[str, LayerPlan]:
         damage = {n: x.stats.x_sq * x.W.float().pow(2).sum(0) for n, x in layers.items()}
-        if self.wants_gradients:
-            damage = {n: d * layers[n].stats.g_sq.mean() for n, d in damage.items()}
         rows = {n: x.W.shape[0] for n, x in layers.items()}
         if self.scope == "model":
             return waterfill(damage, rows, config.bits, _tiers)
