@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-import pbq
-
 ROOT = Path(__file__).resolve().parents[1]
 
 # A module may import pbq modules of its own floor and of the floors below.
@@ -128,10 +126,6 @@ def test_every_floor_is_inhabited() -> None:
 def test_kernels_is_no_package() -> None:
     """transformers imports a PyPI package called kernels: a package here would shadow it."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
-
-
-def test_one_version() -> None:
-    assert f'\nversion = "{pbq.__version__}"\n' in (ROOT / "pyproject.toml").read_text()
 
 
 def run(code: str) -> str:
