@@ -47,8 +47,30 @@ def load_calibration(
     """The first nsamples x seqlen tokens of a text file, a datasets id, or of the model's own text.
 
     source: "self"; a path (.jsonl: one object a line with a "text", anything else: plain text);
-    or a datasets id `name[:config[:split]]`. Raises DataError when there is too little text.
+    or a datasets id `name[:config[:split]]`. Several, joined by "+", share the segments evenly: a
+    model calibrated on one kind of text loses more on the others. Raises DataError when there is
+    too little text.
     """
+    parts = [source] if Path(source).exists() else source.split("+")
+    if len(parts) > nsamples:
+        raise DataError(f"{source}: {len(parts)} sources need at least as many --nsamples")
+    if len(parts) > 1:
+        found = [
+            load_calibration(
+                part,
+                tokenizer,
+                model,
+                nsamples=nsamples * (i + 1) // len(parts) - nsamples * i // len(parts),
+                seqlen=seqlen,
+                seed=seed + i,
+                progress=progress,
+            )
+            for i, part in enumerate(parts)
+        ]
+        ids = torch.cat([each.ids for each in found])
+        # a batch, and a subset that is evenly spread, should hold every kind
+        order = torch.randperm(nsamples, generator=torch.Generator().manual_seed(seed))
+        return Calibration(ids[order], " + ".join(each.source for each in found))
     if source == "self":
         ids = sample_from_model(model, tokenizer, nsamples, seqlen, seed, progress)
         return Calibration(ids, f"sampled from the model itself, seed {seed}")

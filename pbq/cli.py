@@ -34,7 +34,7 @@ Method = Annotated[str, typer.Option(help="auto, or a file of pbq/methods")]
 Bits = Annotated[float, typer.Option(help="stored bits per weight, masks and scales included")]
 Effort = Annotated[str, typer.Option(help="fast | default | best")]
 Calib = Annotated[
-    str, typer.Option(help="text or jsonl file, datasets id name[:config[:split]], or self")
+    str, typer.Option(help="text or jsonl file, datasets id name[:config[:split]], self; or A+B")
 ]
 NSamples = Annotated[int, typer.Option(help="calibration segments")]
 SeqLen = Annotated[int, typer.Option(help="tokens in a segment")]

@@ -156,8 +156,9 @@ class _Run:
     def fingerprint(self, source: str) -> dict[str, str]:
         """What must be equal for a half-finished run to go on."""
         config = {f"config.{k}": str(v) for k, v in self.config.to_dict().items()}
-        calib = Path(self.config.calib)
-        text = hashlib.sha256(calib.read_bytes()).hexdigest()[:16] if calib.is_file() else "-"
+        calib = self.config.calib
+        files = [Path(x) for x in (calib, *calib.split("+")) if Path(x).is_file()]
+        text = ",".join(hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files)
         return {
             "model": source,
             "weights": _digest(self.model),

@@ -348,3 +348,16 @@ def test_batches_are_equal_and_complete(rows, size, expected):
     parts = batches(ids, size)
     assert [len(part) for part in parts] == expected
     assert torch.equal(torch.cat(list(parts)), ids)
+
+
+def test_sources_joined_by_plus_share_the_segments(tmp_path, tiny_model, tiny_tokenizer) -> None:
+    (tmp_path / "a.txt").write_text("a" * 100)
+    (tmp_path / "b.txt").write_text("b" * 100)
+    both = f"{tmp_path / 'a.txt'}+{tmp_path / 'b.txt'}"
+    found = load_calibration(both, tiny_tokenizer, None, nsamples=5, seqlen=8, seed=0)
+    kinds = [set(row.tolist()) for row in found.ids]
+    a, b = (set(tiny_tokenizer(letter).input_ids) for letter in "ab")
+    assert kinds.count(a) == 2 and kinds.count(b) == 3
+    assert found.source == "a.txt + b.txt"
+    with pytest.raises(DataError, match="need at least"):
+        load_calibration(both, tiny_tokenizer, None, nsamples=1, seqlen=8, seed=0)
