@@ -73,7 +73,7 @@ def hooks_of(module: nn.Module) -> int:
     return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in module.modules())
 
 
-# --- residual bases ----------------------------------------------------------------------------
+# Residual bases
 
 LLAMA_LIKE = {"self_attn.o_proj": "", "mlp.down_proj": "post_attention_layernorm"}
 BASES: dict[str, dict[str, str]] = {
@@ -157,7 +157,7 @@ def test_residual_bases_leaves_no_hooks(tiny_model: TinyModel) -> None:
     assert hooks_of(scene.block) == 0
 
 
-# --- watch -------------------------------------------------------------------------------------
+# Watch
 
 
 def test_watch_sees_the_inputs_and_stops(tiny_model: TinyModel) -> None:
@@ -175,7 +175,7 @@ def test_watch_sees_the_inputs_and_stops(tiny_model: TinyModel) -> None:
     assert hooks_of(scene.block) == own
 
 
-# --- compensate --------------------------------------------------------------------------------
+# Compensate
 
 
 def moments_of(
@@ -230,7 +230,7 @@ def test_compensate_names_the_layer_of_a_bad_hessian() -> None:
         compensate(torch.ones(2, 3), moments, "layers.7.o_proj", 0.05)
 
 
-# --- a whole block -----------------------------------------------------------------------------
+# A whole block
 
 
 def run_and_record(
