@@ -93,6 +93,8 @@ def stored_bits(plans: Mapping[str, LayerPlan], rows: Mapping[str, int]) -> floa
 # Relative squared error of a Gaussian on its best 2**p levels, p = 0 … 4 (Max 1960; measured on
 # the weights of SmolLM2-135M within 10 %). More planes than that never pay below 3 bits.
 DISTORTION = (1.0, 0.363, 0.1175, 0.0345, 0.0095)
+# A level of so few columns costs more for its scales (16 bits a row and plane) than it gains.
+LEAST_COLUMNS = 24
 
 
 def waterfill(
@@ -121,10 +123,9 @@ def waterfill(
             f"{bits:g} bits cannot hold the masks of this model; "
             f"the least is --bits {math.ceil(1000 * least) / 1000:.3f}"
         )
-    low, high = 0.0, max(float(d.max()) / rows[n] for n, d in damage.items()) + 1e-30
-    best = plans_at(high)
+    high = max(float(d.max()) / rows[n] for n, d in damage.items()) + 1e-30
     # prices span as many decades as damages do, so the search halves their ratio, not their gap
-    low = high * 1e-12
+    low, best = high * 1e-12, plans_at(high)
     for _ in range(60):
         price = math.sqrt(low * high)
         plans = plans_at(price)
@@ -140,24 +141,24 @@ def _planes(damage: Tensor, price: float) -> Tensor:
     planes = torch.arange(len(DISTORTION), device=damage.device)
     if math.isinf(price):
         return torch.zeros(len(damage), dtype=torch.int64, device=damage.device)
-    cost = damage.double()[:, None] * torch.tensor(DISTORTION).double() + price * planes
-    return cost.argmin(1)
+    left = torch.tensor(DISTORTION, dtype=torch.float64, device=damage.device)
+    return (damage.double()[:, None] * left + price * planes).argmin(1)
 
 
 def _layer_plan(planes: Tensor, tiers_for: Callable[[list[int]], tuple[Tier, ...]]) -> LayerPlan:
-    """Tiers of a layer, without the levels too few columns asked for: these go one plane down.
+    """Tiers of a layer, without the levels too few columns asked for.
 
-    A level costs its scales, 16 bits a row and plane, as much as 16 columns of one plane.
+    These go to the next level below that is in use; the lowest goes to the next above, since no
+    planes at all is another thing than few.
     """
     planes = planes.clone()
     for p in range(len(DISTORTION) - 1, 0, -1):
-        if 0 < int((planes == p).sum()) < LEAST_COLUMNS:
-            planes[planes == p] = p - 1
+        others = planes[planes != p]
+        if len(others) and 0 < len(planes) - len(others) < LEAST_COLUMNS:
+            below = others[others < p]
+            planes[planes == p] = below.max() if len(below) else others.min()
     counts = torch.bincount(planes, minlength=len(DISTORTION)).tolist()
     used = [p for p, count in enumerate(counts) if count]
-    rank = torch.zeros(len(counts), dtype=torch.uint8)
-    rank[used] = torch.arange(len(used), dtype=torch.uint8)
-    return LayerPlan(tiers_for(counts), rank[planes.cpu()])
-
-
-LEAST_COLUMNS = 24
+    rank = torch.zeros(len(counts), dtype=torch.uint8, device=planes.device)
+    rank[used] = torch.arange(len(used), dtype=torch.uint8, device=planes.device)
+    return LayerPlan(tiers_for(counts), rank[planes].cpu())

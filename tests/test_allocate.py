@@ -1,5 +1,6 @@
 """The bits budget: as many fine columns as the stored bytes allow, and honest refusals."""
 
+import itertools
 import re
 
 import pytest
@@ -7,7 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pbq.allocate import LayerPlan, most_columns, stored_bits, tiers_of
+from pbq.allocate import (
+    DISTORTION,
+    LEAST_COLUMNS,
+    LayerPlan,
+    most_columns,
+    stored_bits,
+    tiers_of,
+    waterfill,
+)
 from pbq.errors import UsageError
 from pbq_kernels.layout import Tier, WeightLayout
 
@@ -113,3 +122,123 @@ def test_model_bits_weigh_layers_by_size_and_equal_the_packed_bytes(random_packe
     ]
     expected = sum(pw.stored_bits for pw in packed) / (5 * 63 + 40 * 96)
     assert stored_bits(plans, rows) == expected
+
+
+# --- water-filling ----------------------------------------------------------------------------
+
+
+def tiers_of_counts(counts):
+    return tuple(Tier(p, count) for p, count in enumerate(counts) if count)
+
+
+def damages(seed=0, spread=1.5):
+    """Three layers of different shape and of very different importance: (damage, rows)."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = {"q": (192, 576, 1.0), "up": (1536, 576, 0.1), "down": (576, 1536, 5.0)}
+    damage = {
+        name: size * torch.exp(spread * torch.randn(k, generator=g))
+        for name, (_, k, size) in shapes.items()
+    }
+    return damage, {name: n for name, (n, _, _) in shapes.items()}
+
+
+def planes_of(plan):
+    return torch.tensor([t.planes for t in plan.tiers])[plan.tier_of.long()]
+
+
+def left_of(plans, damage):
+    """Damage that remains."""
+    kept = torch.tensor(DISTORTION)
+    return sum(float((damage[n] * kept[planes_of(plan)]).sum()) for n, plan in plans.items())
+
+
+@pytest.mark.parametrize("bits", [0.6, 1.0, 1.61, 2.2, 3.5])
+def test_waterfill_keeps_the_budget_and_uses_it(bits):
+    damage, rows = damages()
+    plans = waterfill(damage, rows, bits, tiers_of_counts)
+    assert bits - 0.02 < stored_bits(plans, rows) <= bits
+    for name, plan in plans.items():
+        counts = torch.bincount(plan.tier_of.long(), minlength=len(plan.tiers)).tolist()
+        assert counts == [t.columns for t in plan.tiers]
+        assert plan.layout(rows[name]).k == len(damage[name])
+
+
+def test_waterfill_gives_more_planes_to_more_damage():
+    damage, rows = damages()
+    plans = waterfill(damage, rows, 1.61, tiers_of_counts)
+    for name, plan in plans.items():
+        sorted_planes = planes_of(plan)[torch.argsort(damage[name])]
+        assert torch.equal(sorted_planes, sorted_planes.sort().values)
+    mean = {name: float(planes_of(plan).float().mean()) for name, plan in plans.items()}
+    # per stored bit a column of the tall and unimportant `up` gives least
+    assert mean["up"] < mean["q"]
+    assert mean["up"] < mean["down"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_waterfill_leaves_less_damage_than_two_tiers(seed):
+    damage, rows = damages(seed)
+    plans = waterfill(damage, rows, 1.61, tiers_of_counts)
+    two = {}
+    for name, d in damage.items():
+        k = len(d)
+        c = most_columns(rows[name], k, 1.61, lambda c, k=k: (Tier(1, k - c), Tier(4, c)))
+        two[name] = LayerPlan((Tier(1, k - c), Tier(4, c)), tiers_of(d, c))
+    assert left_of(plans, damage) < 0.85 * left_of(two, damage)
+
+
+def test_waterfill_on_four_columns_by_trying_every_assignment(monkeypatch):
+    """Where levels may be small, no assignment within the same bits of planes leaves less."""
+    monkeypatch.setattr("pbq.allocate.LEAST_COLUMNS", 0)
+    damage = {"a": torch.tensor([1.0, 3.0, 30.0, 300.0])}
+    for bits in (20.0, 30.0, 40.0, 50.0):  # 16 bits a scale: most of what is stored
+        plans = waterfill(damage, {"a": 100}, bits, tiers_of_counts)
+        spent = int(planes_of(plans["a"]).sum())
+        every = itertools.product(range(5), repeat=4)
+        kept = torch.tensor(DISTORTION)
+        least = min(float((damage["a"] * kept[list(p)]).sum()) for p in every if sum(p) == spent)
+        assert left_of(plans, damage) == pytest.approx(least, rel=1e-6)
+
+
+def test_waterfill_drops_levels_of_few_columns_but_never_prunes_for_it():
+    few, many = torch.full((10,), 0.5), torch.rand(300) + 1
+    plan = waterfill({"a": torch.cat([many, few])}, {"a": 300}, 2.2, tiers_of_counts)["a"]
+    assert [(t.planes, t.columns) for t in plan.tiers] == [(2, 310)]
+    # a layer of fewer columns than a level should have keeps one level
+    small = waterfill({"a": torch.rand(20) + 1}, {"a": 64}, 5.0, tiers_of_counts)["a"]
+    assert [t.columns for t in small.tiers] == [20]
+    assert small.tiers[0].planes > 0
+    for plan in waterfill(*damages(), 1.61, tiers_of_counts).values():
+        assert all(t.columns >= LEAST_COLUMNS for t in plan.tiers if t.planes)
+
+
+def test_waterfill_of_no_damage_prunes_everything():
+    plans = waterfill({"a": torch.zeros(64)}, {"a": 32}, 1.0, tiers_of_counts)
+    assert [(t.planes, t.columns) for t in plans["a"].tiers] == [(0, 64)]
+
+
+def test_waterfill_does_not_depend_on_the_unit_of_damage():
+    damage, rows = damages()
+    one = waterfill(damage, rows, 1.61, tiers_of_counts)
+    other = waterfill({n: d * 2.0**-40 for n, d in damage.items()}, rows, 1.61, tiers_of_counts)
+    assert all(torch.equal(one[n].tier_of, other[n].tier_of) for n in one)
+
+
+def test_waterfill_refuses_with_a_figure_that_works():
+    def signs(counts):  # formats that store a scale even for no planes
+        return (Tier(1, sum(counts)),)
+
+    damage = {"a": torch.rand(33)}
+    with pytest.raises(UsageError) as caught:
+        waterfill(damage, {"a": 8}, 1.0, signs)
+    least = float(re.search(r"--bits (\S+)$", str(caught.value)).group(1))
+    assert bits_of(8, 33, (Tier(1, 33),)) <= least
+    waterfill(damage, {"a": 8}, least, signs)
+
+
+def test_waterfill_makes_every_tensor_on_the_damage_s_device():
+    damage, rows = damages()
+    expected = waterfill(damage, rows, 1.61, tiers_of_counts)
+    with torch.device("meta"):
+        found = waterfill(damage, rows, 1.61, tiers_of_counts)
+    assert all(torch.equal(found[n].tier_of, expected[n].tier_of) for n in rows)
