@@ -48,6 +48,15 @@ def names() -> list[str]:
     return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__))
 
 
+def refuse_options(config: QuantConfig, *options: str) -> None:
+    """Raise UsageError when an option was given that the method has no use for."""
+    for option in options:
+        value = getattr(config, option)
+        if value != getattr(QuantConfig, option):
+            given = f"--{option.replace('_', '-')}" + ("" if value is True else f" {value}")
+            raise UsageError(f"{given}: {config.method} has no use for it; leave it out")
+
+
 def get(name: str, config: QuantConfig) -> Method:
     """The method called `name`, as `config` wants it. Raises UsageError listing what there is."""
     if name not in names():

@@ -22,8 +22,9 @@ from torch import Tensor
 from pbq.allocate import LayerPlan, PlanInput, most_columns, tiers_of
 from pbq.config import QuantConfig
 from pbq.grid import Grid, fit_planes, fit_uniform, stored
+from pbq.methods import refuse_options
 from pbq.tune import BlockTuning, Recipe
-from pbq_kernels.layout import Tier
+from pbq_kernels.layout import Tier, WeightLayout
 
 SALIENT_PLANES = 4
 PAPER_SHARE = 0.2
@@ -38,7 +39,14 @@ class Ptq161:
     wants_gradients: bool = False
 
     def plan(self, layers: Mapping[str, PlanInput], config: QuantConfig) -> dict[str, LayerPlan]:
-        return {name: self._plan(name, layer, config) for name, layer in layers.items()}
+        # the layer that needs most bits goes first: what its refusal names will do for all
+        first = sorted(layers, key=lambda name: self._least_bits(layers[name]), reverse=True)
+        plans = {name: self._plan(name, layers[name], config) for name in first}
+        return {name: plans[name] for name in layers}
+
+    def _least_bits(self, layer: PlanInput) -> float:
+        n, k = layer.W.shape
+        return WeightLayout(n, k, self._tiers(k, 0)).bits_per_weight
 
     def _plan(self, name: str, layer: PlanInput, config: QuantConfig) -> LayerPlan:
         n, k = layer.W.shape
@@ -112,4 +120,5 @@ def _saliency(layer: PlanInput, criterion: str) -> Tensor:
 
 
 def method(config: QuantConfig) -> Ptq161:
+    refuse_options(config, "group_size")
     return Ptq161(config.faithful)

@@ -16,6 +16,7 @@ from torch import Tensor
 from pbq.allocate import LayerPlan, PlanInput, waterfill
 from pbq.config import QuantConfig
 from pbq.grid import Grid, fit_planes
+from pbq.methods import refuse_options
 from pbq.tune import Distillation, Recipe
 from pbq_kernels.layout import Tier
 
@@ -54,4 +55,5 @@ def _tiers(counts: list[int]) -> tuple[Tier, ...]:
 
 
 def method(config: QuantConfig) -> Waterfill:
+    refuse_options(config, "group_size", "faithful", "criterion")
     return Waterfill()

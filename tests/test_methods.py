@@ -1,0 +1,462 @@
+"""The contract that every file of pbq/methods meets, and what is particular to ptq161.
+
+A method is met here as the pipeline meets it: plan on weights and statistics, then the GPTQ loop
+with its grids and its recipe, then the packed tensors. A new file is covered by being there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pkgutil
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pbq import methods
+from pbq.allocate import ChannelStats, LayerPlan, PlanInput, stored_bits
+from pbq.config import EFFORTS, QuantConfig
+from pbq.errors import UsageError
+from pbq.gptq import quantize_weight
+from pbq.grid import QuantizedWeight, fit_uniform
+from pbq.hessian import proxy_loss
+from pbq.methods import Method, ptq161
+from pbq.pack import pack, unpack
+from pbq_kernels import PackedWeight, Tier
+from pbq_kernels.reference import dequantize
+
+
+@pytest.fixture(params=methods.names())
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A weight [n, k] and its inputs [m, k]."""
+
+    W: Tensor
+    X: Tensor
+
+    @property
+    def H(self) -> Tensor:
+        return self.X.T @ self.X / len(self.X)
+
+    def stats(self, gradients: bool) -> ChannelStats:
+        # quarters of integers: their sums are exact, so the order of the tokens cannot show
+        g_sq = torch.arange(len(self.W)).remainder(7) / 4 + 0.25 if gradients else None
+        X = self.X
+        return ChannelStats(X.pow(2).mean(0), X.abs().amax(0), X.abs().mean(0), g_sq)
+
+
+def layer(n: int, k: int, *, m: int = 256, seed: int = 0) -> Layer:
+    """Correlated inputs with a few loud channels, as in a language model; small integers."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(max(2, k // 4), k, generator=generator)
+    X = torch.randn(m, len(mixing), generator=generator) @ mixing
+    X = X + 0.5 * X.std() * torch.randn(m, k, generator=generator)
+    loudness = torch.exp2(torch.randint(-1, 3, (k,), generator=generator).float())
+    X = (2 * X / X.std() * loudness).round()
+    W = torch.randn(n, k, generator=generator) * (0.5 + torch.rand(n, 1, generator=generator)) / 20
+    return Layer(W, X)
+
+
+def planned(
+    method: Method, config: QuantConfig, layers: Mapping[str, Layer]
+) -> dict[str, LayerPlan]:
+    inputs = {n: PlanInput(x.W, x.stats(method.wants_gradients)) for n, x in layers.items()}
+    return method.plan(inputs, config)
+
+
+def rebuilt(
+    method: Method, config: QuantConfig, layer: Layer, plan: LayerPlan, *, quick: bool = False
+) -> QuantizedWeight:
+    """As the pipeline does it; `quick` leaves out what does not change the stored bits."""
+    recipe = method.recipe(config)
+    qw, _, _ = quantize_weight(
+        layer.W,
+        layer.H,
+        plan.tiers,
+        plan.tier_of,
+        method.fit,
+        sweeps=0 if quick else recipe.sweeps,
+        feedback=recipe.feedback and not quick,
+    )
+    if plan.column_scale:
+        qw.column_scale = torch.ones_like(layer.W[0])
+    return qw
+
+
+def through(name: str, bits: float, layer: Layer) -> tuple[QuantizedWeight, float]:
+    """The quantized layer and its relative proxy loss."""
+    config = QuantConfig(method=name, bits=bits)
+    method = methods.get(name, config)
+    plan = planned(method, config, {"a": layer})["a"]
+    qw = rebuilt(method, config, layer, plan)
+    return qw, proxy_loss(layer.W, qw.dequantize(), layer.H)
+
+
+def stored_bytes(pw: PackedWeight) -> int:
+    return sum(t.numel() * t.element_size() for t in pw.tensors.values())
+
+
+def refusal(name: str, bits: float, layers: Mapping[str, Layer]) -> float | None:
+    """The least bits that a refusal names, or None if the budget was met."""
+    config = QuantConfig(method=name, bits=bits)
+    method = methods.get(name, config)
+    try:
+        plans = planned(method, config, layers)
+    except UsageError as error:
+        assert f"{bits:g} bits" in str(error)
+        found = re.search(r"the least is --bits (\d+\.\d+)", str(error))
+        assert found, error
+        return float(found.group(1))
+    assert stored_bits(plans, {n: len(x.W) for n, x in layers.items()}) <= bits
+    return None
+
+
+# The registry
+
+
+def test_every_file_offers_one_method_of_its_name(name: str) -> None:
+    method = methods.get(name, QuantConfig(method=name))
+    assert method.name == name
+    assert len(method.summary) > 10 and "\n" not in method.summary
+    assert isinstance(method.wants_gradients, bool)
+
+
+def test_the_registry_is_the_folder() -> None:
+    files = [m.name for m in pkgutil.iter_modules(methods.__path__)]
+    assert methods.names() == sorted(file.replace("_", "-") for file in files)
+    assert "ptq161" in methods.names()
+
+
+@pytest.mark.parametrize("wrong", ["", "ptq-161", "PTQ161", "__init__", "../ptq161"])
+def test_an_unknown_method_is_refused_with_what_there_is(wrong: str) -> None:
+    with pytest.raises(UsageError, match=f"unknown; there are .*{'.*'.join(methods.names())}"):
+        methods.get(wrong, QuantConfig())
+
+
+def test_an_option_that_a_method_does_not_have_is_refused_or_obeyed(name: str) -> None:
+    config = QuantConfig(method=name, bits=3, group_size=16)
+    try:
+        method = methods.get(name, config)
+    except UsageError as error:
+        assert str(error).startswith("--group-size 16: ")
+        return
+    plan = planned(method, config, {"a": layer(32, 64)})["a"]
+    assert any(tier.group_size == 16 for tier in plan.tiers)
+
+
+@pytest.mark.parametrize("options", [{"faithful": True}, {"criterion": "absmax"}])
+def test_the_papers_options_are_refused_where_there_is_no_paper(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"--{next(iter(options))}.*waterfill"):
+        methods.get("waterfill", QuantConfig(method="waterfill", **options))
+
+
+# The budget
+
+SHAPES = [(192, 576), (576, 192), (576, 1536)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("bits", [1.61, 2.3])
+def test_no_more_is_stored_than_was_asked_for(
+    name: str, shape: tuple[int, int], bits: float
+) -> None:
+    config = QuantConfig(method=name, bits=bits)
+    method, one = methods.get(name, config), layer(*shape, m=64)
+    plan = planned(method, config, {"a": one})["a"]
+    pw = pack(rebuilt(method, config, one, plan, quick=True))
+    stored = 8 * stored_bytes(pw) / math.prod(shape)
+    assert stored == pw.bits_per_weight == stored_bits({"a": plan}, {"a": shape[0]})
+    # a promise that leaves much unused is a worse model
+    assert bits - 0.1 < stored <= bits
+
+
+def test_a_whole_model_stores_no_more_than_was_asked_for(name: str) -> None:
+    """Linears of one block with grouped queries, small enough to be awkward."""
+    shapes = {"q": (96, 96), "k": (32, 96), "o": (96, 96), "gate": (200, 96), "down": (96, 200)}
+    layers = {n: layer(*shape, seed=i) for i, (n, shape) in enumerate(shapes.items())}
+    config = QuantConfig(method=name, bits=1.9)
+    method = methods.get(name, config)
+    plans = planned(method, config, layers)
+    assert plans.keys() == layers.keys()
+    packed = {n: pack(rebuilt(method, config, layers[n], plans[n], quick=True)) for n in layers}
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    assert 8 * sum(map(stored_bytes, packed.values())) / weights <= 1.9
+
+
+@pytest.mark.parametrize("shape", [(33, 63), (1, 40), (9, 4), (7, 8)])
+def test_a_budget_that_cannot_be_met_names_one_that_can(name: str, shape: tuple[int, int]) -> None:
+    layers = {"a": layer(*shape)}
+    least = refusal(name, 0.02, layers)
+    if least is None:  # then it drops channels: the assertion of `refusal` is what counts
+        return
+    assert refusal(name, least, layers) is None
+    assert refusal(name, least - 0.0015, layers) == least
+
+
+def test_the_least_bits_named_are_those_of_the_whole_model(name: str) -> None:
+    """Not of the first layer that fails: the next run would fail at the second."""
+    layers = {"wide": layer(24, 96), "narrow": layer(96, 24), "middle": layer(33, 63)}
+    least = refusal(name, 0.02, layers)
+    assert least is None or refusal(name, least, layers) is None
+
+
+def test_planning_is_deterministic_and_leaves_its_inputs_alone(name: str) -> None:
+    config = QuantConfig(method=name, bits=2.2)
+    method, layers = methods.get(name, config), {"a": layer(33, 63), "b": layer(64, 40)}
+    kept = {n: x.W.clone() for n, x in layers.items()}
+    first = planned(method, config, layers)
+    torch.manual_seed(5)
+    second = planned(methods.get(name, config), config, layers)
+    for n, plan in first.items():
+        assert plan.tiers == second[n].tiers and torch.equal(plan.tier_of, second[n].tier_of)
+        counts = torch.bincount(plan.tier_of.long(), minlength=len(plan.tiers)).tolist()
+        assert counts == [tier.columns for tier in plan.tiers]
+        assert plan.tier_of.dtype == torch.uint8
+        assert torch.equal(layers[n].W, kept[n])
+
+
+def test_the_papers_own_accounting_is_a_finite_number(name: str) -> None:
+    config = QuantConfig(method=name, bits=2.2)
+    method, layers = methods.get(name, config), {"a": layer(33, 63), "b": layer(64, 40)}
+    bits = method.paper_bits(planned(method, config, layers), {"a": 33, "b": 64})
+    assert 0.5 < bits < 8
+
+
+def test_a_plan_takes_the_weights_of_a_model_in_bfloat16(name: str) -> None:
+    config = QuantConfig(method=name, bits=2.2)
+    one = layer(33, 63)
+    half = Layer(one.W.bfloat16(), one.X)
+    plan = planned(methods.get(name, config), config, {"a": half})["a"]
+    assert plan.layout(33).bits_per_weight <= 2.2
+
+
+def test_more_effort_is_not_less_work(name: str) -> None:
+    work = []
+    for effort in EFFORTS:
+        config = QuantConfig(method=name, effort=effort)
+        recipe = methods.get(name, config).recipe(config)
+        epochs = recipe.block.epochs if recipe.block else 0.0
+        work.append(epochs + (recipe.distillation.steps if recipe.distillation else 0))
+    assert work == sorted(work) and work[0] < work[-1]
+
+
+# The weights
+
+
+@pytest.mark.parametrize("shape", [(33, 63), (64, 40)])
+def test_packing_is_exact(name: str, shape: tuple[int, int]) -> None:
+    qw, _ = through(name, 2.4, layer(*shape))
+    pw = pack(qw)
+    assert torch.equal(dequantize(pw), qw.dequantize())
+    again = pack(unpack(pw))
+    assert again.layout == pw.layout
+    assert all(torch.equal(t, again.tensors[n]) for n, t in pw.tensors.items())
+
+
+def test_beats_rounding_to_nearest_at_more_bits(name: str) -> None:
+    one = layer(96, 128, m=512)
+    grid = fit_uniform(one.W, torch.ones(128), 2, search=False)
+    rtn = proxy_loss(one.W, grid.decode(grid.codes(one.W)), one.H)
+    # 2 bits and two numbers a row: 2.25 bits stored, against 1.8
+    assert through(name, 1.8, one)[1] < 0.5 * rtn
+
+
+def test_more_bits_are_not_worse(name: str) -> None:
+    one = layer(96, 128, m=512)
+    losses = [through(name, bits, one)[1] for bits in (1.5, 1.8, 2.2, 2.8)]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_a_weight_twice_as_large_is_rounded_to_twice_the_values(name: str) -> None:
+    one = layer(33, 63)
+    twice, _ = through(name, 2.4, Layer(2 * one.W, one.X))
+    once, _ = through(name, 2.4, one)
+    assert torch.equal(twice.dequantize(), 2 * once.dequantize())
+
+
+def test_the_order_of_the_tokens_does_not_matter(name: str) -> None:
+    one = layer(33, 63)
+    shuffled = Layer(one.W, one.X[torch.randperm(len(one.X), generator=torch.Generator())])
+    a, b = through(name, 2.4, one)[0], through(name, 2.4, shuffled)[0]
+    assert torch.equal(a.dequantize(), b.dequantize())
+
+
+def test_dead_channels_do_no_harm(name: str) -> None:
+    one = layer(33, 63)
+    X = one.X.clone()
+    X[:, 5:25] = 0
+    qw, loss = through(name, 2.4, Layer(one.W, X))
+    pack(qw)
+    assert torch.isfinite(qw.dequantize()).all() and loss < 0.2
+
+
+def test_degenerate_weights_and_inputs_stay_finite(name: str) -> None:
+    one = layer(33, 63)
+    zero_row, constant = one.W.clone(), one.W.clone()
+    zero_row[3] = 0
+    constant[4] = 0.25
+    for case in (
+        Layer(torch.zeros_like(one.W), one.X),
+        Layer(zero_row, one.X),
+        Layer(constant, one.X),
+        Layer(one.W, torch.zeros_like(one.X)),
+        Layer(one.W, one.X[:1]),
+    ):
+        qw, loss = through(name, 2.4, case)
+        pack(qw)
+        assert torch.isfinite(qw.dequantize()).all() and math.isfinite(loss)
+    assert not through(name, 2.4, Layer(zero_row, one.X))[0].dequantize()[3].abs().max() > 1e-3
+
+
+# PTQ1.61
+
+
+def ptq(config: QuantConfig, W: Tensor, stats: ChannelStats) -> LayerPlan:
+    method = methods.get("ptq161", config)
+    return method.plan({"a": PlanInput(W, stats)}, config)["a"]
+
+
+def salient(plan: LayerPlan) -> set[int]:
+    return set((plan.tier_of == 1).nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize(
+    ("criterion", "expected"), [("absmax", 0), ("mean-abs", 10), ("damage", 20)]
+)
+def test_each_criterion_takes_the_channels_it_speaks_of(criterion: str, expected: int) -> None:
+    n, k = 96, 60
+    W = torch.randn(n, k, generator=torch.Generator().manual_seed(0))
+    x_sq, x_absmax, x_absmean = (torch.ones(k) for _ in range(3))
+    x_absmax[0:10], x_absmean[10:20], x_sq[20:30] = 5, 5, 5
+    config = QuantConfig(bits=2.3, criterion=criterion)
+    plan = ptq(config, W, ChannelStats(x_sq, x_absmax, x_absmean))
+    chosen = salient(plan)
+    assert 4 <= len(chosen) <= 10 and chosen <= set(range(expected, expected + 10))
+
+
+def test_damage_weighs_what_a_sign_would_lose() -> None:
+    """Columns of the mean magnitude lose nothing to a sign; far larger and far smaller ones do."""
+    n, k = 96, 60
+    signs = torch.where(torch.rand(n, k, generator=torch.Generator().manual_seed(0)) < 0.5, -1, 1)
+    magnitude = torch.ones(k)
+    magnitude[30:36], magnitude[40:46] = 1.9, 0.1
+    flat = torch.ones(k)
+    plan = ptq(QuantConfig(bits=2.5), signs * magnitude, ChannelStats(flat, flat, flat))
+    assert len(salient(plan)) >= 12
+    assert salient(plan) >= {*range(30, 36), *range(40, 46)}
+
+
+def test_a_tie_goes_to_the_earlier_channel() -> None:
+    W = torch.randn(96, 60, generator=torch.Generator().manual_seed(0))
+    flat = torch.ones(60)
+    plan = ptq(QuantConfig(bits=2.3, criterion="absmax"), W, ChannelStats(flat, flat, flat))
+    assert salient(plan) == set(range(len(salient(plan)))) != set()
+
+
+def test_the_share_of_fine_channels_is_solved_from_the_budget() -> None:
+    W, flat = torch.randn(96, 60), torch.ones(60)
+    shares = {}
+    for bits in (1.4, 2.1, 2.6, 4.7, 8.0):
+        plan = ptq(QuantConfig(bits=bits), W, ChannelStats(flat, flat, flat))
+        assert plan.layout(96).bits_per_weight <= bits and not plan.column_scale
+        shares[bits] = sum(t.columns for t in plan.tiers if t.planes == 4)
+    assert shares[1.4] == 0 and 0 < shares[2.1] < shares[2.6] < 60
+    assert shares[4.7] == shares[8.0] == 60
+    # all of one kind: one tier, and no mask to be stored
+    for bits in (1.4, 8.0):
+        assert len(ptq(QuantConfig(bits=bits), W, ChannelStats(flat, flat, flat)).tiers) == 1
+
+
+def test_the_fine_range_comes_from_the_salient_channels_only() -> None:
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randn(4, 40, generator=generator)
+    own = row[:, :10] / 100
+    method, tier = ptq161.Ptq161(faithful=False), Tier(4, 10, tied=True, offset=True)
+    grid = method.fit(own, torch.ones(10), tier, row)
+    assert (grid.decode(grid.codes(own)) - own).abs().max() < own.abs().max() / 7
+    paper = ptq161.Ptq161(faithful=True).fit(own, torch.ones(10), tier, row)
+    spread = row.amax(1) - row.amin(1)
+    torch.testing.assert_close(2 * paper.scale[:, 0], spread / 15, rtol=1e-3, atol=0)
+
+
+FAITHFUL = QuantConfig(bits=1.61, faithful=True, criterion="mean-abs")
+
+
+@pytest.mark.parametrize(("k", "count"), [(5, 2), (10, 3), (63, 13), (576, 116), (4, 1)])
+def test_faithful_takes_a_fifth_and_one_by_absmax(k: int, count: int) -> None:
+    absmax = torch.rand(k, generator=torch.Generator().manual_seed(k))
+    flat = torch.ones(k)
+    plan = ptq(FAITHFUL, torch.randn(8, k), ChannelStats(flat, absmax, flat))
+    # the code: |x| at least that of rank int(0.2 k), counted from zero
+    threshold = absmax.sort(descending=True).values[int(0.2 * k)]
+    assert salient(plan) == set((absmax >= threshold).nonzero()[:, 0].tolist())
+    assert len(salient(plan)) == count
+    binary, fine = plan.tiers
+    assert binary == Tier(1, k - count, offset=True) and plan.column_scale
+    assert fine == Tier(4, count, tied=True, offset=True)
+
+
+def test_faithful_on_an_example_done_by_hand() -> None:
+    """k = 5: channels 0 and 2 are salient. The row reaches from -5 to 10: step 1, zero point 5.
+
+    The others are 4, 10 and -5: mean 3, mean magnitude 19/3, of which float16 keeps 6.332.
+    """
+    W = torch.tensor([[-2.0, 4.0, 1.2, 10.0, -5.0]])
+    absmax, flat = torch.tensor([9.0, 1.0, 8.0, 1.0, 1.0]), torch.ones(5)
+    plan = ptq(FAITHFUL, W, ChannelStats(flat, absmax, flat))
+    X = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
+    qw = rebuilt(methods.get("ptq161", FAITHFUL), FAITHFUL, Layer(W, X), plan)
+    alpha = float(torch.tensor(19 / 3).half())
+    expected = torch.tensor([[-2.0, 3 + alpha, 1.0, 3 + alpha, 3 - alpha]])
+    assert torch.equal(qw.dequantize(), expected)
+    assert qw.codes[:, [1, 3, 4]].tolist() == [[1, 1, 0]]
+    assert qw.codes[:, [0, 2]].tolist() == [[3, 6]]
+    assert torch.equal(unpack(pack(qw)).dequantize(), expected)
+
+
+def test_faithful_recipe_is_the_papers() -> None:
+    method = methods.get("ptq161", FAITHFUL)
+    recipe = method.recipe(FAITHFUL)
+    assert not recipe.feedback and recipe.sweeps == 0 and not recipe.compensate
+    assert recipe.batch == 1 and recipe.distillation is None
+    found = dataclasses.asdict(recipe.block) if recipe.block else {}
+    assert {key: found[key] for key in ("epochs", "loss", "dual", "lr", "row_lr", "norm_lr")} == {
+        "epochs": 20,
+        "loss": "mse-nlc",
+        "dual": True,
+        "lr": 5e-4,
+        "row_lr": 1e-3,
+        "norm_lr": 0,
+    }
+    # the mean and the 4-bit channels never move
+    assert not found["offsets"] and found["only_planes"] == 1
+    assert found["latent_lr"] == 0 and found["constant"]
+
+
+def test_faithful_bits_by_the_paper_and_in_truth() -> None:
+    """One 4096x4096 layer, the paper's own example: it says 1.61."""
+    k, c = 4096, 820
+    tiers = (Tier(1, k - c, offset=True), Tier(4, c, tied=True, offset=True))
+    plan = LayerPlan(tiers, torch.zeros(k, dtype=torch.uint8), column_scale=True)
+    method = methods.get("ptq161", FAITHFUL)
+    assert method.paper_bits({"a": plan}, {"a": 4096}) == pytest.approx(1.61, abs=0.003)
+    # five float16 vectors, a tier byte a column, and half a byte of padding a row
+    assert plan.layout(4096).bits_per_weight == k**-1 * (k - c + 4 * c + 5 * 16 + 8 + 4)
+    # at 135M the same vectors weigh more: this is what --faithful really stores there
+    rows = {"q": 576, "k": 192, "v": 192, "o": 576, "gate": 1536, "up": 1536, "down": 576}
+    plans = {}
+    for n in rows:
+        k = 1536 if n == "down" else 576
+        c = int(0.2 * k) + 1
+        tiers = (Tier(1, k - c, offset=True), Tier(4, c, tied=True, offset=True))
+        plans[n] = LayerPlan(tiers, torch.zeros(k, dtype=torch.uint8), column_scale=True)
+    assert stored_bits(plans, rows) == pytest.approx(1.73, abs=0.02)
