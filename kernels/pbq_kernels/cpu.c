@@ -126,6 +126,8 @@ INLINE uint16_t float_to_bfloat(float value) {
   return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+INLINE int64_t size_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
 INLINE float load(const void *x, int64_t i, int dtype) {
   if (dtype == FLOAT32) return ((const float *)x)[i];
   const uint16_t bits = ((const uint16_t *)x)[i];
@@ -227,9 +229,13 @@ static void int8_tile_portable(const Weight *w, const Activations *a, int64_t ti
         const int8_t *q = a->q + ((int64_t)t * w->words + g->first_word) * WORD;
         int32_t acc[MAX_TILE] = {0};
         for (int word = 0; word < g->words; word++, data += w->tile, q += WORD)
-          for (int c = 0; c < WORD; c++)
-            for (int r = 0; r < w->tile; r++)
-              acc[r] += -(int32_t)(data[r] >> c & 1) & q[4 * (c % 8) + c / 8];
+          for (int s = 0; s < LOOKUPS; s++) {
+            int32_t sums[16] = {0}; /* of the x whose bits are set */
+            for (int i = 0; i < 4; i++)
+              for (int code = 0; code < 1 << i; code++)
+                sums[code + (1 << i)] = sums[code] + q[16 * (s % 2) + 4 * i + s / 2];
+            for (int r = 0; r < w->tile; r++) acc[r] += sums[data[r] >> 4 * s & 15];
+          }
         for (int r = 0; r < w->tile; r++)
           y[r] += half_to_float(scale[r]) * (plane_factor(g, p) * a->q_scale[at]) *
                   (float)(2 * acc[r] - a->q_sum[at]);
@@ -352,6 +358,7 @@ INLINE AVX2 void lookup_avx2(const int T, const int R, const uint32_t *data, con
       for (int t = 0; t < T; t++) {
         const __m256 entries = _mm256_loadu_ps(table + (s * T + t) * 8);
         acc[s & 1][t][r] = _mm256_add_ps(acc[s & 1][t][r], _mm256_permutevar8x32_ps(entries, code));
+        IN_ORDER(acc[s & 1][t][r]);
       }
     }
   }
@@ -651,7 +658,7 @@ INLINE AVX512 __m512i four_columns(const int8_t *q) {
           const __m512i mask = _mm512_slli_epi32(bit, j);                                          \
           const __m512i x = four_columns(q + 16 * half + 4 * j);                                   \
           for (int r = 0; r < R; r++)                                                              \
-            acc[r][j] = DOT(acc[r][j], _mm512_and_si512(bits[r], mask), x);                        \
+            { acc[r][j] = DOT(acc[r][j], _mm512_and_si512(bits[r], mask), x); IN_ORDER(acc[r][j]); } \
         }                                                                                          \
         if (!half)                                                                                 \
           for (int r = 0; r < R; r++) bits[r] = _mm512_srli_epi32(bits[r], 4);                     \
@@ -811,6 +818,7 @@ static uint32_t stored_bits(const uint8_t *row, int64_t row_bytes, int64_t first
 /* stored uint8 [n, row_bytes] -> out, laid out as Weight.data; rows past n are zero. */
 EXPORT void pbq_repack(const Weight *w, const uint8_t *stored, uint32_t *out, int threads) {
   const int64_t rows = (w->n + w->tile - 1) / w->tile * w->tile;
+  (void)threads; /* without OpenMP */
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t row = 0; row < rows; row++) {
     uint32_t *to = out + row / w->tile * w->stream * w->tile + row % w->tile;
@@ -827,10 +835,12 @@ EXPORT void pbq_repack(const Weight *w, const uint8_t *stored, uint32_t *out, in
   }
 }
 
-/* Dense rows [row, row + rows) into out [rows, k], columns in stored order. */
-EXPORT void pbq_decode(const Weight *w, int64_t row, int64_t rows, int dtype, void *out, int threads) {
+/* Rows [row, row + rows) into out [rows, columns], the columns of w's groups in stored order. */
+EXPORT void pbq_decode(const Weight *w, int64_t row, int64_t rows, int64_t columns, int dtype,
+                       void *out, int threads) {
   const Variant *v = variant(w->variant);
-  const int64_t row_size = w->k * (dtype == FLOAT32 ? 4 : 2);
+  const int64_t row_size = columns * size_of(dtype);
+  (void)threads; /* without OpenMP */
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < rows; i++) v->decode_row(w, row + i, dtype, (char *)out + i * row_size);
 }
@@ -892,8 +902,8 @@ static float overlay_dot(const Weight *w, int64_t row, const void *x, int dtype)
 
 /* This thread's share of the tiles, for the a->tokens tokens at x, into their rows of y. */
 static void run_tiles(const Weight *w, const Variant *v, int mode, const Activations *a, int rank,
-                      int size, const char *x, int dtype, char *y) {
-  const int64_t tiles = (w->n + w->tile - 1) / w->tile, element = dtype == FLOAT32 ? 4 : 2;
+                      int size, const char *x, int dtype, char *y, int y_dtype) {
+  const int64_t tiles = (w->n + w->tile - 1) / w->tile;
   float rows[TOKENS * MAX_TILE];
   for (int64_t tile = tiles * rank / size; tile < tiles * (rank + 1) / size; tile++) {
     (mode == EXACT ? v->exact_tile : v->int8_tile)(w, a, tile, rows);
@@ -902,30 +912,30 @@ static void run_tiles(const Weight *w, const Variant *v, int mode, const Activat
     for (int t = 0; t < a->tokens; t++)
       for (int64_t r = 0; r < count; r++) {
         float value = rows[t * w->tile + r];
-        if (w->overlay_start) value += overlay_dot(w, first + r, x + t * w->k * element, dtype);
-        store(y + t * w->n * element, first + r, dtype, value);
+        if (w->overlay_start) value += overlay_dot(w, first + r, x + t * w->k * size_of(dtype), dtype);
+        store(y, t * w->n + first + r, y_dtype, value);
       }
   }
 }
 
 /* What one thread of `size` does. Barriers: x is gathered, x is prepared, x may be overwritten. */
 static void run_thread(const Weight *w, const Variant *v, int mode, Activations a, int rank, int size,
-                       const char *x, int dtype, int64_t m, char *y) {
-  const int64_t element = dtype == FLOAT32 ? 4 : 2, positions = (int64_t)w->words * WORD;
+                       const char *x, int dtype, int64_t m, char *y, int y_dtype) {
+  const int64_t positions = (int64_t)w->words * WORD;
   const int64_t begin = (int64_t)w->words * rank / size * WORD;
   const int64_t end = (int64_t)w->words * (rank + 1) / size * WORD;
   for (int64_t token = 0; token < m; token += a.tokens) {
     a.tokens = m - token < TOKENS ? 1 : TOKENS;
-    const char *from = x + token * w->k * element;
+    const char *from = x + token * w->k * size_of(dtype);
     for (int t = 0; t < a.tokens; t++) {
-      gather(w, from + t * w->k * element, dtype, begin, end, a.x + t * positions);
+      gather(w, from + t * w->k * size_of(dtype), dtype, begin, end, a.x + t * positions);
       if (mode == EXACT) tabulate_part(w, v, &a, t, rank, size);
     }
 #pragma omp barrier
     for (int i = rank; i < a.tokens * w->groups; i += size)
       prepare_group(w, v, mode, &a, i / w->groups, i % w->groups);
 #pragma omp barrier
-    run_tiles(w, v, mode, &a, rank, size, from, dtype, y + token * w->n * element);
+    run_tiles(w, v, mode, &a, rank, size, from, dtype, y + token * w->n * size_of(y_dtype), y_dtype);
 #pragma omp barrier
   }
 }
@@ -936,9 +946,9 @@ static void *carve(char **from, int64_t bytes) {
   return part;
 }
 
-/* y [m, n] = x [m, k] @ W_hat.T, both contiguous and of `dtype`. 0, or 1 when memory is short. */
+/* y [m, n] = x [m, k] @ W_hat.T, both contiguous. 0, or 1 when memory is short. */
 EXPORT int pbq_matmul(const Weight *w, int mode, const void *x, int dtype, int64_t m, void *y,
-                      int threads) {
+                      int y_dtype, int threads) {
   const Variant *v = variant(w->variant);
   const int64_t tokens = m < TOKENS ? 1 : TOKENS;
   const int64_t words = tokens * w->words, groups = tokens * w->groups;
@@ -953,15 +963,16 @@ EXPORT int pbq_matmul(const Weight *w, int mode, const void *x, int dtype, int64
   a.sum = carve(&next, groups * 4);
   a.q_scale = carve(&next, groups * 4);
   a.q_sum = carve(&next, groups * 4);
+  (void)threads; /* without OpenMP */
 #ifdef _OPENMP
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
-    run_thread(w, v, mode, a, omp_get_thread_num(), omp_get_num_threads(), x, dtype, m, y);
+    run_thread(w, v, mode, a, omp_get_thread_num(), omp_get_num_threads(), x, dtype, m, y, y_dtype);
     free(scratch);
     return 0;
   }
 #endif
-  run_thread(w, v, mode, a, 0, 1, x, dtype, m, y);
+  run_thread(w, v, mode, a, 0, 1, x, dtype, m, y, y_dtype);
   free(scratch);
   return 0;
 }

@@ -33,7 +33,17 @@ BUILD = "`python -m pbq_kernels.cpu_build` builds it where there is a C compiler
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MODES = {"exact": 0, "int8": 1}
 _WORD = 32  # positions of x kept for one weight word
-# Up to so many tokens decoding the weight never pays.
+# What `_least_dense_planes` compares, in 1e9 a second on one thread of a Zen 4 core: lookups of one
+# plane (multiplications), decoding (weights), torch's matrix products (multiplications).
+_RATES = {
+    "avx512vnni": (135.0, 4.0),
+    "avx512": (135.0, 4.0),
+    "avx2": (73.0, 1.2),
+    "portable": (10.0, 0.75),
+}
+_PRODUCT = {torch.float32: 50.0, torch.bfloat16: 90.0, torch.float16: 1.0}
+_AMX_BFLOAT16_PRODUCT = 800.0  # not measured: AMX has ten times the peak of the vector units
+# Up to so many tokens decoding never pays.
 _MOST_LOOKUP_TOKENS = 15
 # Rows of a dense tile for many tokens: 1-6 MB, which stays in the last-level cache.
 _DENSE_ROWS = 256
@@ -102,9 +112,11 @@ def _declare(library: ctypes.CDLL) -> None:
     library.pbq_variant_name.restype = ctypes.c_char_p
     library.pbq_repack.argtypes = [pointer, pointer, pointer, integer]
     library.pbq_repack.restype = None
-    library.pbq_decode.argtypes = [pointer, wide, wide, integer, pointer, integer]
+    library.pbq_decode.argtypes = [pointer, wide, wide, wide, integer, pointer, integer]
     library.pbq_decode.restype = None
-    library.pbq_matmul.argtypes = [pointer, integer, pointer, integer, wide, pointer, integer]
+    library.pbq_matmul.argtypes = [
+        *(pointer, integer, pointer, integer, wide, pointer, integer, integer)
+    ]
 
 
 @functools.cache
@@ -135,25 +147,53 @@ class _Overlay:
     delta: Tensor  # float32 [overlay]
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Some groups of a weight. `struct` points to `groups` and into the tensors of the weight."""
+
+    struct: _Weight
+    groups: Any
+    columns: Tensor  # int64: of x, in stored order
+
+
 @dataclass(eq=False)
 class CpuWeight:
-    """A weight in the layout of cpu.c. `struct` points into the tensors and `groups`."""
+    """A weight in the layout of cpu.c."""
 
+    library: ctypes.CDLL
+    variant: str
     n: int
     k: int
     bits: int  # plane bits: n times the sum of planes over the columns
-    library: ctypes.CDLL
-    permutation: Tensor | None  # int64 [k]: column of each stored column; None is the identity
-    groups: Any
+    whole: _Part
     data: Tensor  # int32 [tiles, stream, tile]
     scale: Tensor  # float16 [tiles, slots, tile]
     column: Tensor  # int32 [positions of x]
     column_scale: Tensor | None  # float32 [positions of x]
-    struct: _Weight
     overlay: _Overlay | None = None
 
     def __post_init__(self) -> None:
-        self.address = ctypes.addressof(self.struct)
+        self.address = ctypes.addressof(self.whole.struct)
+        self._parts: dict[int, tuple[_Part | None, _Part | None]] = {}
+
+    def parts(self, planes: int) -> tuple[_Part | None, _Part | None]:
+        """(groups of fewer planes, groups of at least so many); None for no groups."""
+        if planes not in self._parts:
+            groups = list(self.whole.groups)
+            few = [g for g in groups if g.planes < planes]
+            many = [g for g in groups if g.planes >= planes]
+            self._parts[planes] = (self._part(few), self._part(many))
+        return self._parts[planes]
+
+    def _part(self, groups: Sequence[_Group]) -> _Part | None:
+        if not groups or len(groups) == len(self.whole.groups):
+            return self.whole if groups else None
+        array = (_Group * len(groups))(*groups)
+        struct = _Weight.from_buffer_copy(self.whole.struct)
+        struct.group, struct.groups = ctypes.addressof(array), len(groups)
+        positions = [self.column[g.first_word * _WORD :][: g.words * _WORD] for g in groups]
+        columns = torch.cat(positions).long()
+        return _Part(struct, array, columns[columns >= 0])
 
 
 def repack(pw: PackedWeight, library: ctypes.CDLL, variant: int) -> CpuWeight:
@@ -189,18 +229,11 @@ def repack(pw: PackedWeight, library: ctypes.CDLL, variant: int) -> CpuWeight:
     library.pbq_repack(
         ctypes.byref(struct), stored.data_ptr(), data.data_ptr(), torch.get_num_threads()
     )
+    bits = layout.n * sum(tier.planes * tier.columns for tier in layout.tiers)
+    whole = _Part(struct, array, pw.permutation())
+    name = variants(library)[variant]
     weight = CpuWeight(
-        layout.n,
-        layout.k,
-        layout.n * sum(tier.planes * tier.columns for tier in layout.tiers),
-        library,
-        pw.permutation() if "tier" in tensors else None,
-        array,
-        data,
-        scale,
-        column,
-        column_scale,
-        struct,
+        library, name, layout.n, layout.k, bits, whole, data, scale, column, column_scale
     )
     if layout.overlay:
         _add_overlay(weight, pw)
@@ -213,14 +246,15 @@ def _add_overlay(weight: CpuWeight, pw: PackedWeight) -> None:
     delta = pw.tensors["overlay_value"].float() * pw.tensors["overlay_scale"].float()[rows]
     start = torch.zeros(weight.n + 1, dtype=torch.int64)
     start[1:] = torch.cumsum(pw.tensors["overlay_count"], 0)
-    for tile_rows, tile in _decoded_tiles(weight, torch.float32):
+    for tile_rows, tile in _decoded_tiles(weight, weight.whole, torch.float32):
         entries = slice(int(start[tile_rows.start]), int(start[tile_rows.stop]))
         delta[entries] -= tile[rows[entries] - tile_rows.start, stored[entries]]
     overlay = _Overlay(start, columns.to(torch.int32), stored.to(torch.int32), delta)
     weight.overlay = overlay
-    weight.struct.overlay_start = overlay.start.data_ptr()
-    weight.struct.overlay_column = overlay.column.data_ptr()
-    weight.struct.overlay_delta = overlay.delta.data_ptr()
+    struct = weight.whole.struct
+    struct.overlay_start = overlay.start.data_ptr()
+    struct.overlay_column = overlay.column.data_ptr()
+    struct.overlay_delta = overlay.delta.data_ptr()
 
 
 def _groups(layout: WeightLayout, columns_per_word: int) -> list[_Group]:
@@ -347,52 +381,65 @@ def _multiply(x: Tensor, weight: CpuWeight, mode: int) -> Tensor:
     m = x.numel() // k
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], n))
-    dtype = _DTYPES.get(x.dtype)
-    if dtype is None or (m > _MOST_LOOKUP_TOKENS and _prefers_dense(weight, m, mode)):
-        _multiply_dense(x.view(m, k), weight, y.view(m, n))
-        return y
-    threads = min(torch.get_num_threads(), 1 + m * weight.bits // _BITS_PER_THREAD)
-    if weight.library.pbq_matmul(
-        weight.address, mode, x.data_ptr(), dtype, m, y.data_ptr(), threads
-    ):
-        raise MemoryError(f"no memory for the lookup tables of {k} columns")
+    if x.dtype in _DTYPES and (m <= _MOST_LOOKUP_TOKENS or mode == _MODES["int8"]):
+        _look_up(x, weight, weight.address, mode, m, y)
+    else:
+        _multiply_many(x.view(m, k), weight, y.view(m, n))
     return y
 
 
-def _prefers_dense(weight: CpuWeight, m: int, mode: int) -> bool:
-    """Whether decoding the weight and a bf16 matrix product beat lookups, plane after plane.
+def _look_up(x: Tensor, weight: CpuWeight, address: int, mode: int, m: int, y: Tensor) -> None:
+    """y = x @ W_hat.T over the groups at `address`."""
+    threads = min(torch.get_num_threads(), 1 + m * weight.bits // _BITS_PER_THREAD)
+    if weight.library.pbq_matmul(
+        address, mode, x.data_ptr(), _DTYPES[x.dtype], m, y.data_ptr(), _DTYPES[y.dtype], threads
+    ):
+        raise MemoryError(f"no memory for the lookup tables of {weight.k} columns")
 
-    Measured (Zen 4, one thread, 1e9 multiplications/s): lookups 135 a plane, product 80, decoding
-    4.4 weights. AMX multiplies about ten times as fast.
+
+def _least_dense_planes(weight: CpuWeight, m: int, dtype: torch.dtype) -> int:
+    """From so many planes on, decoding and a matrix product beat lookups, which pay each plane."""
+    if dtype not in _DTYPES:
+        return 0
+    lookups, decoding = _RATES[weight.variant]
+    amx = dtype == torch.bfloat16 and weight.library.pbq_has_amx()
+    product = _AMX_BFLOAT16_PRODUCT if amx else _PRODUCT[dtype]
+    return math.ceil(lookups * (1 / product + 1 / (decoding * m)))
+
+
+def _multiply_many(x: Tensor, weight: CpuWeight, y: Tensor) -> None:
+    """y [m, n] = x [m, k] @ W_hat.T: groups of few planes by lookups, the others densely."""
+    few, many = weight.parts(_least_dense_planes(weight, len(x), x.dtype))
+    sums = None
+    if few:
+        # fp32 where the other groups are still to be added
+        sums = torch.empty_like(y, dtype=torch.float32) if many else y
+        _look_up(x, weight, ctypes.addressof(few.struct), _MODES["exact"], len(x), sums)
+    if many:
+        x = x.index_select(1, many.columns)
+        for rows, tile in _decoded_tiles(weight, many, x.dtype):
+            product = torch.nn.functional.linear(x, tile)
+            y[:, rows] = product if sums is None else sums[:, rows] + product
+
+
+def _decoded_tiles(
+    weight: CpuWeight, part: _Part, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, dense weight of those rows and the part's columns, in stored order), tile after tile.
+
+    One buffer is used again and again: a tile is valid until the next is asked for. The overlay is
+    added to the whole weight only: where the weight is split, lookups add it.
     """
-    if mode == _MODES["int8"]:
-        return False
-    product = 800 if weight.library.pbq_has_amx() else 80
-    return weight.bits / (weight.n * weight.k) > 135 * (1 / product + 1 / (4.4 * m))
-
-
-def _decoded_tiles(weight: CpuWeight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, dense weight [rows, k] of those rows, columns in stored order), tile after tile.
-
-    One buffer is used again and again: a tile is valid until the next is asked for.
-    """
-    n, k = weight.n, weight.k
+    n, k = weight.n, len(part.columns)
     stored = dtype if dtype in _DTYPES else torch.float32
     buffer = torch.empty(min(n, _DENSE_ROWS), k, dtype=stored)
+    address, code, threads = ctypes.addressof(part.struct), _DTYPES[stored], torch.get_num_threads()
     for begin in range(0, n, _DENSE_ROWS):
-        rows = min(_DENSE_ROWS, n - begin)
-        weight.library.pbq_decode(
-            weight.address,
-            begin,
-            rows,
-            _DTYPES[stored],
-            buffer.data_ptr(),
-            torch.get_num_threads(),
-        )
-        tile = buffer[:rows]
-        if weight.overlay:
+        tile = buffer[: n - begin]
+        weight.library.pbq_decode(address, begin, len(tile), k, code, tile.data_ptr(), threads)
+        if weight.overlay and part is weight.whole:
             _overlay_tile(tile, weight.overlay, begin)
-        yield slice(begin, begin + rows), tile.to(dtype)
+        yield slice(begin, begin + len(tile)), tile.to(dtype)
 
 
 def _overlay_tile(tile: Tensor, overlay: _Overlay, begin: int) -> None:
@@ -400,14 +447,6 @@ def _overlay_tile(tile: Tensor, overlay: _Overlay, begin: int) -> None:
     entries = slice(int(start[0]), int(start[-1]))
     rows = torch.repeat_interleave(torch.arange(len(tile)), start.diff())
     tile[rows, overlay.stored[entries].long()] += overlay.delta[entries].to(tile.dtype)
-
-
-def _multiply_dense(x: Tensor, weight: CpuWeight, y: Tensor) -> None:
-    """y [m, n] = x [m, k] @ W_hat.T through tiles of dense rows."""
-    if weight.permutation is not None:
-        x = x.index_select(1, weight.permutation)
-    for rows, tile in _decoded_tiles(weight, x.dtype):
-        y[:, rows] = torch.nn.functional.linear(x, tile)
 
 
 class _Multiply(torch.autograd.Function):
@@ -423,11 +462,9 @@ class _Multiply(torch.autograd.Function):
         (grad,) = grads
         weight: CpuWeight = ctx.weight
         flat = grad.reshape(-1, weight.n)
-        stored = grad.new_zeros(len(flat), weight.k)
-        for rows, tile in _decoded_tiles(weight, grad.dtype):
-            stored += flat[:, rows] @ tile
-        grad_x = stored
-        if weight.permutation is not None:
-            grad_x = torch.empty_like(stored)
-            grad_x[:, weight.permutation] = stored
-        return grad_x.view(*grad.shape[:-1], weight.k), None, None
+        sums = torch.promote_types(grad.dtype, torch.float32)
+        grad_x = torch.zeros(len(flat), weight.k, dtype=sums)
+        for rows, tile in _decoded_tiles(weight, weight.whole, grad.dtype):
+            grad_x += flat[:, rows] @ tile
+        grad_x = torch.empty_like(grad_x).index_copy_(1, weight.whole.columns, grad_x)
+        return grad_x.to(grad.dtype).view(*grad.shape[:-1], weight.k), None, None

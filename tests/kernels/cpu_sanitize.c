@@ -67,7 +67,7 @@ static void run(int index, int64_t n, int64_t m, const Tier *tiers, int count, i
   for (int t = 0; t < count; t++) w.k += tiers[t].columns;
   w.groups = add_groups(&w, groups, tiers, count);
   w.group = exactly(groups, sizeof(Group) * w.groups);
-  const int64_t tiles = (n + w.tile - 1) / w.tile, element = dtype == FLOAT32 ? 4 : 2;
+  const int64_t tiles = (n + w.tile - 1) / w.tile, element = size_of(dtype);
 
   state = 1; /* the same bits for every variant */
   uint8_t *stored = malloc(n * w.row_bytes + (w.row_bytes == 0));
@@ -96,10 +96,10 @@ static void run(int index, int64_t n, int64_t m, const Tier *tiers, int count, i
   w.overlay_delta = overlay_delta;
   pbq_repack(&w, stored, data, threads);
   w.data = exactly(data, tiles * w.stream * w.tile * 4);
-  if (pbq_matmul(&w, mode, x, dtype, m, out, threads)) exit(2);
+  if (pbq_matmul(&w, mode, x, dtype, m, out, dtype, threads)) exit(2);
   for (int64_t i = 0; i < m * n; i++) y[i] = load(out, i, dtype);
   char *dense = malloc(n * w.k * element);
-  pbq_decode(&w, 0, n, dtype, dense, threads);
+  pbq_decode(&w, 0, n, w.k, dtype, dense, threads);
 
   void *all[] = {(void *)w.group, stored, scale, x, out, overlay_start, overlay_column, overlay_delta,
                  data, (void *)w.column, (void *)w.scale, (void *)w.data, dense};

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -238,31 +239,41 @@ def test_decoding_equals_the_reference_to_the_bit(
     n, k, tiers = SHAPES[shape]
     pw = random_packed(n, k, tiers, column_scale=n == 33)
     weight = CpuBackend("cpu", variant=variant).prepare(pw)
-    decoded = torch.cat([tile.clone() for _, tile in cpu._decoded_tiles(weight, dtype)])
+    decoded = torch.cat(
+        [tile.clone() for _, tile in cpu._decoded_tiles(weight, weight.whole, dtype)]
+    )
     assert torch.equal(decoded, dequantize(pw, dtype)[:, pw.permutation()])
 
 
-@pytest.mark.parametrize("m", [1, 300])
-def test_many_tokens_through_dense_tiles(
-    m: int, random_packed: RandomPacked, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("overlay", [0.0, 0.1])
+@pytest.mark.parametrize("planes", [0, 1, 2, 3, 5])
+def test_many_tokens_split_by_planes(
+    planes: int, overlay: float, random_packed: RandomPacked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pw = random_packed(700, 97, (Tier(1, 60), Tier(4, 37)), column_scale=True, overlay=0.1)
+    tiers = (Tier(4, 37), Tier(0, 9, offset=True), Tier(1, 61), Tier(2, 70, group_size=32))
+    pw = random_packed(700, 177, tiers, column_scale=True, overlay=overlay)
     backend = CpuBackend("cpu")
-    weight, x = backend.prepare(pw), random_x(m, 97)
-    monkeypatch.setattr(cpu, "_MOST_LOOKUP_TOKENS", 0)
-    monkeypatch.setattr(cpu, "_prefers_dense", lambda *_: True)
-    y = backend.matmul(x, weight)
-    assert relative_error(y, x.double() @ dequantize(pw).double().T) < 1e-6
+    weight, x = backend.prepare(pw), random_x(20, 177)
+    monkeypatch.setattr(cpu, "_least_dense_planes", lambda *_: planes)
+    exact = x.double() @ dequantize(pw).double().T
+    assert relative_error(backend.matmul(x, weight), exact) < 1e-6
+    # bf16: the dense part of the weight is rounded, and its product before it is added
+    rounded = backend.matmul(x.bfloat16(), weight)
+    assert relative_error(rounded, exact) < 2**-7
 
 
-def test_many_planes_and_tokens_prefer_a_matrix_product(
-    random_packed: RandomPacked, monkeypatch: pytest.MonkeyPatch
+def test_how_many_planes_are_worth_decoding(
+    random_packed: RandomPacked, monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL
 ) -> None:
-    def dense(planes: int, m: int, mode: str = "exact") -> bool:
-        weight = CpuBackend("cpu").prepare(random_packed(32, 64, (Tier(planes, 64),)))
-        return cpu._prefers_dense(weight, m, cpu._MODES[mode])
-
-    assert not dense(1, 16) and dense(4, 64) and not dense(4, 64, "int8")
+    weight = repack(random_packed(32, 64), library, 0)
+    weight.variant = "avx512vnni"
+    monkeypatch.setattr(weight, "library", types.SimpleNamespace(pbq_has_amx=lambda: 0))
+    bfloat16 = [cpu._least_dense_planes(weight, m, torch.bfloat16) for m in (16, 64, 4096)]
+    assert bfloat16 == [4, 3, 2]
+    assert cpu._least_dense_planes(weight, 4096, torch.float32) == 3
+    assert cpu._least_dense_planes(weight, 4096, torch.float64) == 0  # no lookups in float64
+    monkeypatch.setattr(weight, "library", types.SimpleNamespace(pbq_has_amx=lambda: 1))
+    assert cpu._least_dense_planes(weight, 64, torch.bfloat16) == 1
 
 
 def test_the_gradient_of_x(random_packed: RandomPacked) -> None:
