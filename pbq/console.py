@@ -101,11 +101,13 @@ def run_guarded(app: Callable[..., Any]) -> int:
     try:
         app(standalone_mode=True)
     except SystemExit as stop:
+        if stop.code == INTERRUPTED:  # typer turns Ctrl-C into this without a word
+            return _interrupted()
         return stop.code if isinstance(stop.code, int) else 0
     except PbqError as error:
         return _refuse(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _refuse(f"interrupted; the same command resumes: {_command()}", INTERRUPTED)
+        return _interrupted()
     except MemoryError:
         return _refuse("out of memory; try fewer --nsamples or a shorter --seqlen", 5)
     except OSError as error:
@@ -120,5 +122,7 @@ def _refuse(message: str, code: int) -> int:
     return code
 
 
-def _command() -> str:
-    return shlex.join(["pbq", *sys.argv[1:]])
+def _interrupted() -> int:
+    command = shlex.join(["pbq", *sys.argv[1:]])
+    resumes = f"; the same command resumes: {command}" if "quantize" in sys.argv[1:3] else ""
+    return _refuse(f"interrupted{resumes}", INTERRUPTED)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,8 +25,15 @@ from pbq.blocks import BlockQuantizer, Reconstructed, Streams
 from pbq.calibrate import Calibration, batches, channel_stats, load_calibration
 from pbq.config import QuantConfig
 from pbq.disk import check_space, tensor_bytes
-from pbq.errors import UsageError
-from pbq.evaluate import Perplexity, perplexity, tokenize_file
+from pbq.errors import DataError, UsageError
+from pbq.evaluate import (
+    WINDOW,
+    Perplexity,
+    TokenizedText,
+    check_window,
+    perplexity,
+    tokenize_file,
+)
 from pbq.hf import PbqConfig, install
 from pbq.models import (
     check_coverage,
@@ -96,36 +104,56 @@ def quantize(
     resumes with the same arguments; `fresh` discards it instead. Raises PbqError.
     """
     out = Path(out)
-    observer = observer or Silent()
     method = methods.get(config.method, config)
     check_target(out, overwrite)
     report = RunReport(source=source, config=config.to_dict())
-    observer.stage("load the model", None)
-    with report.timed("load"):
-        found, where = resolve_source(source), pick_device(device)
-        model, tokenizer = load_model(found, compute_dtype(found, where), where, trust_remote_code)
-        model.requires_grad_(False)
-        check_coverage(model)
-        text = tokenize_file(tokenizer, ppl_text) if ppl_text else None
-    run = _Run(model, tokenizer, config, method, report, observer)
-    with Work.open(out, run.fingerprint(source), fresh=fresh, overwrite=overwrite) as work:
-        check_space(work.path, run.estimated_bytes())
-        calibration = run.calibration(work)
-        if text is not None:
-            report.before = run.perplexity(work, text, ppl_windows)
-        packed = run.quantize_blocks(work, calibration)
-        run.install(packed, calibration)
-        if text is not None:
-            report.after = run.perplexity(None, text, ppl_windows)
-        report.count(model)
-        observer.stage("write", None)
-        work.finish(
-            lambda staging: write_checkpoint(
-                staging, found, model, tokenizer, report, trust_remote_code=trust_remote_code
+    with closing(observer or Silent()) as shown:
+        shown.stage("load the model", None)
+        with report.timed("load"):
+            found, where = resolve_source(source), pick_device(device)
+            dtype = compute_dtype(found, where)
+            model, tokenizer = load_model(found, dtype, where, trust_remote_code)
+            model.requires_grad_(False)
+            check_coverage(model)
+            text = _text(model, tokenizer, ppl_text, ppl_windows) if ppl_text else None
+        run = _Run(model, tokenizer, config, method, report, shown)
+        opened = Work.open(out, run.fingerprint(source), fresh=fresh, overwrite=overwrite)
+        with opened as work, _dropping_what_was_refused(work):
+            check_space(work.path, run.estimated_bytes())
+            calibration = run.calibration(work)
+            if text is not None:
+                report.before = run.perplexity(work, text, ppl_windows)
+            packed = run.quantize_blocks(work, calibration)
+            run.install(packed, calibration)
+            if text is not None:
+                report.after = run.perplexity(None, text, ppl_windows)
+            report.count(model)
+            shown.stage("write", None)
+            work.finish(
+                lambda staging: write_checkpoint(
+                    staging, found, model, tokenizer, report, trust_remote_code=trust_remote_code
+                )
             )
-        )
-    observer.close()
     return report
+
+
+def _text(model: Any, tokenizer: Any, path: Path, windows: int | None) -> TokenizedText:
+    """The text to be scored; whatever `perplexity` would refuse about it is refused here."""
+    text = tokenize_file(tokenizer, path)
+    check_window(model.config, WINDOW)
+    text.count_windows(max_windows=windows)
+    return text
+
+
+@contextmanager
+def _dropping_what_was_refused(work: Work) -> Iterator[None]:
+    """A request refused before the first block is no run to resume: the next one will differ."""
+    try:
+        yield
+    except (UsageError, DataError):
+        if not any(name.startswith("block-") for name in work.names()):
+            work.discard()
+        raise
 
 
 @dataclass
@@ -196,10 +224,13 @@ class _Run:
         work.save("calibration", {"ids": calibration.ids}, {"source": calibration.source})
         return calibration
 
-    def perplexity(self, work: Work | None, text: Any, windows: int | None) -> Perplexity:
+    def perplexity(self, work: Work | None, text: TokenizedText, windows: int | None) -> Perplexity:
         """Before (kept in `work`, so that a resumed run need not measure again) or after."""
         if work is not None and work.has("perplexity"):
-            return Perplexity(**work.load("perplexity")[1])
+            kept = Perplexity(**work.load("perplexity")[1])
+            # the text is no part of the run's fingerprint: another may be given when resuming
+            if (kept.sha256, kept.windows) == (text.sha256, text.count_windows(WINDOW, windows)):
+                return kept
         name = "after" if work is None else "before"
         self.observer.stage(f"perplexity {name}", None)
         with self.report.timed("perplexity"):
@@ -295,6 +326,9 @@ class _Run:
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         settings = self.recipe.distillation
         assert settings is not None
+        # one row at a time: the activations of the whole model are kept for the backward pass
+        rows = [row for batch in rows for row in batch.split(1)]
+        hidden = [row for batch in hidden for row in batch.split(1)]
 
         def student(W: Mapping[str, Tensor], gains: Mapping[str, Tensor], i: int) -> Tensor:
             called = _Functional(self.model, linears, W, gains)

@@ -94,6 +94,10 @@ class Work:
             os.close(self._lock)
             self._lock = None
 
+    def discard(self) -> None:
+        """Drop the unfinished run: nobody will resume it."""
+        self._drop()
+
     def names(self) -> list[str]:
         """Saved artefacts, sorted; whether one is intact is known only to `has` and `load`."""
         return sorted(p.name.removesuffix(".safetensors") for p in self.path.glob("*.safetensors"))
@@ -258,13 +262,16 @@ class Work:
         fsync(self.out.parent)
 
     def _drop(self) -> None:
-        """Remove the run, and what it replaced: OUT is whole, so failing here is only untidy."""
+        """Remove the run, and what it replaced: failing here is only untidy."""
         try:
             self._empty()
             shutil.rmtree(self.path)
         except OSError as error:
             log.warning(
-                "%s is finished, but %s could not be removed: %s", self.out, self.path, error
+                "%s: what is left of its run in %s could not be removed: %s",
+                self.out,
+                self.path,
+                error,
             )
         self.close()
 
