@@ -178,6 +178,7 @@ class BlockQuantizer:
     recipe: Recipe
     config: QuantConfig
     name: str
+    index: int = 0
     targets: list[Tensor] = field(default_factory=list)
     second: list[Tensor] = field(default_factory=list)
 
@@ -205,10 +206,15 @@ class BlockQuantizer:
         return out
 
     def _hessian_batches(self, count: int) -> list[int]:
-        """Evenly spread batches with at least `hessian_tokens` tokens between them, or all."""
+        """Evenly spread batches with at least `hessian_tokens` tokens between them, or all.
+
+        Neighbouring blocks take other batches where there are enough: compensation fits the
+        tokens it sees better than the rest, and must not go on from its own residues.
+        """
         per_batch = self.config.nsamples * self.config.seqlen / count
         wanted = min(count, max(1, math.ceil(self.recipe.hessian_tokens / per_batch)))
-        return [i * count // wanted for i in range(wanted)]
+        turn = self.index % (count // wanted)
+        return [i * count // wanted + turn for i in range(wanted)]
 
     @torch.no_grad()
     def _original_pass(

@@ -45,8 +45,12 @@ class Grid:
     def nearest(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """(code uint8, level) nearest to every entry of w [n, c]; the lower of two equally near."""
         levels, middle, code = self._sorted
-        # several searches at once want rows in memory order
-        rank = torch.searchsorted(middle, w.contiguous())
+        if w.shape[1] == 1 or middle.shape[1] == 1:
+            # the inner loop of GPTQ: comparing beats searching tenfold on so few entries
+            rank = (w[:, :, None] > middle[:, None, :]).sum(-1)
+        else:
+            # several searches at once want rows in memory order
+            rank = torch.searchsorted(middle, w.contiguous())
         return code.gather(1, rank), levels.gather(1, rank)
 
     def codes(self, w: Float[Tensor, "n c"]) -> UInt8[Tensor, "n c"]:

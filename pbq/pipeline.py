@@ -385,7 +385,7 @@ class _Run:
             packed, meta = _restore(work, key, block)
         else:
             quantizer = BlockQuantizer(
-                block, find_linears(block), call, self.method, self.recipe, self.config, name
+                block, find_linears(block), call, self.method, self.recipe, self.config, name, index
             )
             done = quantizer.run(streams, plans)
             targets = quantizer.targets

@@ -79,8 +79,8 @@ class Recipe:
     feedback: bool = True
     sweeps: int = 1
     compensate: bool = True
-    compensate_damp: float = 0.05
-    hessian_tokens: int = 16384
+    compensate_damp: float = 0.3
+    hessian_tokens: int = 32768
     batch: int = 2
     block: BlockTuning | None = None
     distillation: Distillation | None = None

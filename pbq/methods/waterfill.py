@@ -42,7 +42,7 @@ class Waterfill:
 
     def recipe(self, config: QuantConfig) -> Recipe:
         steps = {"fast": 60, "default": 400, "best": 2000}[config.effort]
-        return Recipe(hessian_tokens=32768, distillation=Distillation(steps=steps))
+        return Recipe(distillation=Distillation(steps=steps))
 
     def paper_bits(self, plans: Mapping[str, LayerPlan], rows: Mapping[str, int]) -> float:
         """No paper: the planes alone, as others would count them."""
