@@ -13,7 +13,7 @@ from pathlib import Path
 from demo_model import demo_model
 
 from pbq.config import QuantConfig
-from pbq.console import Console
+from pbq.console import Console, hush_libraries
 from pbq.pipeline import quantize
 from pbq.scoring import stream_text
 
@@ -33,6 +33,7 @@ def heldout_text(directory: Path) -> Path:
 
 def main(out: Path) -> None:
     started = time.monotonic()
+    hush_libraries()
     console = Console()
     console.stage("demo model", None)
     model = demo_model()

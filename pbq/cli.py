@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from pbq.console import Console, run_guarded
+from pbq.console import Console, hush_libraries, run_guarded
 
 if TYPE_CHECKING:
     from pbq.config import QuantConfig
@@ -101,6 +101,7 @@ def quantize(
         return
     from pbq import pipeline
 
+    hush_libraries()
     target = out or Path(
         f"{Path(model).stem if model.endswith('.gguf') else Path(model).name}-pbq-{bits:g}"
     )
@@ -194,6 +195,7 @@ def evaluate(
     """Perplexity on text files and lm-eval tasks, of a packed or any other model."""
     from pbq import scoring
 
+    hush_libraries()
     console = Console(quiet=quiet)
     scores = scoring.score_models(
         [model, *([baseline] if baseline else [])],
@@ -233,6 +235,7 @@ def generate(
     """Continue a prompt with a packed (or any) model; the text goes to stdout as it is written."""
     from pbq import scoring
 
+    hush_libraries()
     text = prompt if prompt is not None else sys.stdin.read()
     scoring.stream_text(
         model,

@@ -1,0 +1,127 @@
+"""Quality at true stored bits on SmolLM2-135M-Instruct, under one protocol.
+
+    python bench/bench_quality.py ptq161                     # one row
+    python bench/bench_quality.py ptq161 --seed 1 --set nsamples=32 --set effort=fast
+
+Protocol: calibrate on WikiText-2 validation (first 64 x 1024 tokens), perplexity on WikiText-2
+test, 40 windows of 2048 tokens, bfloat16. The two files are looked for in $PBQ_DATA/wikitext2. A
+second text (Python's reference manual, 10 windows) shows what happens off the calibration domain.
+Rows go into bench/results/quality.json; run one a process, so that peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "examples"))
+RESULTS = HERE / "results" / "quality.json"
+LOAD = """
+import json, resource, sys, time
+import pbq
+from transformers import AutoModelForCausalLM
+t = time.monotonic()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+seconds = time.monotonic() - t
+print(json.dumps({"seconds": seconds, "peak_bytes":
+    resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+"""
+
+
+def data_dir() -> Path:
+    found = Path(os.environ.get("PBQ_DATA", HERE.parent.parent / "shared" / "data"))
+    if not (found / "wikitext2" / "wiki.test.raw").exists():
+        sys.exit(f"{found}/wikitext2/wiki.test.raw is missing: set PBQ_DATA to the data's folder")
+    return found / "wikitext2"
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, object]:
+    """Quantize and score in this process; returns one row."""
+    from demo_model import demo_model
+    from quickstart import heldout_text
+
+    from pbq.config import QuantConfig
+    from pbq.console import Console
+    from pbq.pipeline import quantize
+    from pbq.scoring import score_models
+
+    data, console = data_dir(), Console()
+    options = dict(pair.split("=", 1) for pair in arguments.set)
+    numbers = {
+        k: json.loads(v) if v[0].isdigit() or v in ("true", "false") else v
+        for k, v in options.items()
+    }
+    config = QuantConfig(
+        **{
+            "method": arguments.method,
+            "seed": arguments.seed,
+            "bits": arguments.bits,
+            "calib": str(data / "wiki.valid.txt"),
+            **numbers,
+        }
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(arguments.out or Path(scratch) / "out")
+        started, cpu = time.monotonic(), time.process_time()
+        report = quantize(str(demo_model()), out, config, overwrite=True, observer=console)
+        wall, cpu = time.monotonic() - started, time.process_time() - cpu
+        common = {
+            "window": 2048,
+            "tasks": [],
+            "data_dir": None,
+            "limit": None,
+            "num_fewshot": None,
+            "batch_size": 1,
+            "device": "auto",
+            "trust_remote_code": False,
+            "observer": console,
+        }
+        wiki = score_models([str(out)], texts=[data / "wiki.test.raw"], windows=40, **common)
+        manual = heldout_text(Path(scratch))
+        other = score_models([str(out)], texts=[manual], windows=10, **common)
+        loaded = subprocess.run(
+            [sys.executable, "-c", LOAD, str(out)], capture_output=True, text=True, check=True
+        )
+        return {
+            "method": config.method,
+            "config": {**config.to_dict(), "calib": Path(config.calib).name},
+            "stored_bits": report.bits,
+            "paper_bits": report.paper_bits,
+            "ppl_wikitext2_40w": wiki.models[0].perplexities[0].ppl,
+            "ppl_python_manual_10w": other.models[0].perplexities[0].ppl,
+            "wall_seconds": wall,
+            "cpu_seconds": cpu,
+            "stage_seconds": report.seconds,
+            "peak_bytes": report.peak_bytes,
+            "checkpoint_bytes": sum(f.stat().st_size for f in out.glob("*.safetensors")),
+            "load": json.loads(loaded.stdout),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("method")
+    parser.add_argument("--bits", type=float, default=1.61)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE")
+    parser.add_argument("--out", help="keep the checkpoint here")
+    arguments = parser.parse_args()
+    row = measure(arguments)
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    rows = [r for r in rows if r["config"] != row["config"]] + [row]
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    print(json.dumps(row, indent=1))
+
+
+if __name__ == "__main__":
+    main()
