@@ -94,6 +94,13 @@ class Console:
         self._out.print(table)
 
 
+def hush_libraries() -> None:
+    """Turn off the progress bars of transformers: a run shows its own. Imports transformers."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def run_guarded(app: Callable[..., Any]) -> int:
     """Run the command line and turn what it raises into one clear line and an exit code."""
     # offline is a state to report at once, not to retry for half a minute a file
