@@ -445,6 +445,22 @@ def test_refitting_never_raises_a_row_s_loss(n, k, kind, column_scale):
     assert (row_losses(W, H, qw) <= before + 1e-6 * energy).all()
 
 
+def test_a_refit_that_rounding_would_spoil_is_not_taken():
+    """Weights near float16's least number 2**-24: of all storable pairs the best must survive."""
+    W, H, qw = quantized("two planes", 8, 33)
+    ulp = 2.0**-24
+    W = W * (3 * ulp / W.abs().mean())
+    pairs = torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0)) * ulp
+    losses = []
+    for pair in pairs:
+        qw.grids[0].scale = pair.expand(8, 1, 2).clone()
+        losses.append(row_losses(W, H, qw))
+    best, which = torch.stack(losses).min(0)
+    qw.grids[0].scale = pairs[which][:, None]
+    refit_scales(W, H, qw)
+    assert (row_losses(W, H, qw) <= best * (1 + 1e-6)).all()
+
+
 def test_hundreds_of_groups_keep_their_fit():
     W, H, qw = quantized("many groups", 3, 96)
     assert sum(t.scales + t.offsets for t in qw.tiers) > MAX_JOINT_SCALES

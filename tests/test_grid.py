@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from pbq.grid import Grid, QuantizedWeight, TierGrid, fit_planes, fit_uniform, signs, stored
+from pbq.grid import (
+    Grid,
+    QuantizedWeight,
+    TierGrid,
+    _uniform,
+    fit_planes,
+    fit_uniform,
+    signs,
+    stored,
+)
 from pbq_kernels.layout import Tier
 
 AWKWARD = [(1, 1), (3, 33), (7, 63), (2, 96), (5, 577)]
@@ -147,6 +156,30 @@ def test_the_lloyd_steps_improve_on_the_greedy_start():
 
 
 @pytest.mark.parametrize("fit", [fit_planes, fit_uniform])
+@pytest.mark.parametrize("planes", [1, 2, 3])
+def test_the_weight_says_which_errors_count(fit, planes):
+    """Heavy columns are wide, light ones narrow: a fit to the ones is no fit to the others."""
+    torch.manual_seed(0)
+    W, heavy = torch.randn(16, 200), torch.arange(200) < 20
+    W = torch.where(heavy, 3 * W, W)
+    weight = torch.where(heavy, 100.0, 1.0)
+    fitted, blind = fit(W, weight, planes), fit(W, torch.ones(200), planes)
+    assert distortion(W, fitted, weight).sum() < 0.9 * distortion(W, blind, weight).sum()
+
+
+@pytest.mark.parametrize("planes", [2, 3])
+def test_plane_scales_settle_at_weighted_least_squares_on_their_codes(planes):
+    torch.manual_seed(0)
+    W, weight = torch.randn(4, 96), torch.rand(96) ** 4 + 1e-3
+    grid = fit_planes(W, weight, planes, iterations=100)
+    sigma, root = signs(planes)[grid.codes(W).long()].double(), weight.double().sqrt()
+    for row in range(4):
+        A, y = sigma[row] * root[:, None], W[row].double() * root
+        exact = torch.linalg.lstsq(A, y).solution
+        torch.testing.assert_close(grid.scale[row].double(), exact, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("fit", [fit_planes, fit_uniform])
 @pytest.mark.parametrize("planes", [1, 2, 4])
 def test_zero_and_constant_rows(fit, planes):
     W = torch.stack([torch.zeros(33), torch.full((33,), -0.25), torch.full((33,), 3.0)])
@@ -181,6 +214,19 @@ def test_the_search_is_never_worse_and_stays_uniform(n, c, planes):
         assert fits_in_half(grid)
         ties = grid.scale[:, :1] * 2.0 ** torch.arange(planes)
         assert torch.equal(grid.scale, ties)
+
+
+@pytest.mark.parametrize("size", [1.0, 2.0**-22])  # the latter near float16's least number
+def test_the_search_is_never_worse_than_any_range_it_tries(size):
+    torch.manual_seed(0)
+    W, weight = size * torch.randn(64, 63) ** 3, torch.rand(63)
+    low, high = W.amin(1).clamp(max=0), W.amax(1).clamp(min=0)
+    tried = [_uniform(low * r / 20, high * r / 20, 3) for r in range(8, 21)]
+    best = torch.stack([distortion(W, grid, weight) for grid in tried]).amin(0)
+    found = distortion(W, fit_uniform(W, weight, 3), weight)
+    assert (found <= best * (1 + 1e-5)).all()
+    if size == 1:  # least squares on the codes adds to the search
+        assert found.sum() < 0.98 * best.sum()
 
 
 def test_the_search_gains_on_heavy_tails():
