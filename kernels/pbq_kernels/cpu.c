@@ -87,6 +87,7 @@ typedef struct {
   void (*exact_tile)(const Weight *, const Activations *, int64_t tile, float *y);
   void (*quantize)(const float *x, int words, int8_t *q, float *scale, int32_t *sum);
   void (*int8_tile)(const Weight *, const Activations *, int64_t tile, float *y);
+  void (*store_rows)(const float *from, int64_t count, int dtype, void *to, int64_t at);
   void (*decode_row)(const Weight *, int64_t row, int dtype, void *out);
 } Variant;
 
@@ -263,6 +264,11 @@ INLINE void store_word(const float *from, int count, int dtype, void *to, int64_
     for (int c = 0; c < count; c++) store(to, at + c, dtype, from[c]);
 }
 
+INLINE void store_many(const float *from, int64_t count, int dtype, void *to, int64_t at) {
+  for (int64_t i = 0; i < count; i += WORD)
+    store_word(from + i, count - i < WORD ? (int)(count - i) : WORD, dtype, to, at + i);
+}
+
 /* value[code] of one row and group: offset + the planes in order, in fp32 as reference.dequantize. */
 INLINE void code_values(const Weight *w, const Group *g, int64_t tile, int64_t lane, float *value) {
   value[0] = g->offset < 0 ? 0.0f : half_to_float(scales_of(w, tile, g->offset)[lane]);
@@ -302,6 +308,17 @@ INLINE void decode_row(const Weight *w, int64_t row, int dtype, void *out, LookU
   }
 }
 
+#define DEFINE_STORE_ROWS(SUFFIX, TARGET)                                                       \
+  static TARGET void store_rows_##SUFFIX(const float *from, int64_t count, int dtype, void *to, \
+                                         int64_t at) {                                          \
+    if (dtype == FLOAT32)                                                                       \
+      store_many(from, count, FLOAT32, to, at);                                                 \
+    else if (dtype == BFLOAT16)                                                                 \
+      store_many(from, count, BFLOAT16, to, at);                                                \
+    else                                                                                        \
+      store_many(from, count, FLOAT16, to, at);                                                 \
+  }
+
 #define DEFINE_DECODE_ROW(SUFFIX, TARGET)                                                    \
   static TARGET void decode_row_##SUFFIX(const Weight *w, int64_t row, int dtype, void *out) { \
     if (dtype == FLOAT32)                                                                    \
@@ -312,11 +329,12 @@ INLINE void decode_row(const Weight *w, int64_t row, int dtype, void *out, LookU
       decode_row(w, row, FLOAT16, out, look_up_##SUFFIX);                                    \
   }
 
+DEFINE_STORE_ROWS(portable, )
 DEFINE_DECODE_ROW(portable, )
 
 static const Variant PORTABLE = {
     "portable",        WORD, LOOKUPS, 16, tabulate_portable, exact_tile_portable, quantize_portable,
-    int8_tile_portable, decode_row_portable};
+    int8_tile_portable, store_rows_portable, decode_row_portable};
 
 #ifdef __x86_64__
 
@@ -523,11 +541,12 @@ INLINE AVX2 void look_up_avx2(const float *value, const uint32_t *bits, int plan
   }
 }
 
+DEFINE_STORE_ROWS(avx2, AVX2)
 DEFINE_DECODE_ROW(avx2, AVX2)
 
 static const Variant VARIANT_AVX2 = {
     "avx2",        3 * AVX2_LOOKUPS, AVX2_LOOKUPS, 8, tabulate_avx2, exact_tile_avx2, quantize_avx2,
-    int8_tile_avx2, decode_row_avx2};
+    int8_tile_avx2, store_rows_avx2, decode_row_avx2};
 
 /* --- AVX-512: 16 rows a register, 16-entry tables of 4 columns -------------------------------- */
 
@@ -745,7 +764,7 @@ INLINE AVX512 __m512i four_columns(const int8_t *q) {
 DEFINE_INT8_AVX512(vnni, VNNI, dot_vnni)
 DEFINE_INT8_AVX512(avx512, AVX512, dot_maddubs)
 
-INLINE AVX512 void look_up_avx512(const float *value, const uint32_t *bits, int planes, float *out) {
+INLINE AVX512 void look_up_generic_avx512(const float *value, const uint32_t *bits, int planes, float *out) {
   for (int c = 0; c < WORD; c += 16) {
     __m512i code = _mm512_setzero_si512();
     for (int p = 0; p < planes; p++) {
@@ -758,14 +777,60 @@ INLINE AVX512 void look_up_avx512(const float *value, const uint32_t *bits, int 
   }
 }
 
-DEFINE_DECODE_ROW(avx512, AVX512)
+DEFINE_STORE_ROWS(avx512, AVX512)
+DEFINE_DECODE_ROW(generic_avx512, AVX512)
+
+/* code_values for up to 4 planes, rounded to 16 bits. */
+INLINE AVX512 __m256i code_values_16_bits(const Weight *w, const Group *g, int64_t tile, int64_t lane,
+                                          int dtype) {
+  const uint16_t *offset = g->offset < 0 ? NULL : scales_of(w, tile, g->offset) + lane;
+  __m512 value = _mm512_set1_ps(offset ? half_to_float(*offset) : 0.0f);
+  for (int p = 0; p < g->planes; p++) {
+    const float s = half_to_float(scales_of(w, tile, scale_slot(g, p))[lane]) * plane_factor(g, p);
+    value = _mm512_add_ps(value, signed_lanes(s, p));
+  }
+  if (dtype == FLOAT16) return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(bits, up), 16));
+}
+
+/* 16-bit results without column scale: the values are rounded once and permuted as they are. */
+static AVX512 void decode_row_16_bits(const Weight *w, int64_t row, int dtype, uint16_t *out) {
+  const int64_t tile = row / w->tile, lane = row % w->tile;
+  for (int i = 0; i < w->groups; i++) {
+    const Group *g = w->group + i;
+    const uint32_t *data = plane_words(w, tile, g, 0) + lane;
+    const int64_t plane = (int64_t)g->words * w->tile;
+    const __m512i values = _mm512_castsi256_si512(code_values_16_bits(w, g, tile, lane, dtype));
+    for (int left = g->columns; left > 0; left -= WORD, data += w->tile) {
+      __m512i code = _mm512_setzero_si512();
+      for (int p = 0; p < g->planes; p++)
+        code = _mm512_mask_add_epi16(code, data[p * plane], code, _mm512_set1_epi16((short)(1 << p)));
+      const int count = left < WORD ? left : WORD;
+      const __mmask32 kept = count < WORD ? (1u << count) - 1 : UINT32_MAX;
+      _mm512_mask_storeu_epi16(out, kept, _mm512_permutexvar_epi16(code, values));
+      out += count;
+    }
+  }
+}
+
+static AVX512 void decode_row_avx512(const Weight *w, int64_t row, int dtype, void *out) {
+  int most = 0;
+  for (int i = 0; i < w->groups; i++) most = w->group[i].planes > most ? w->group[i].planes : most;
+  if (dtype != FLOAT32 && !w->column_scale && most <= 4)
+    decode_row_16_bits(w, row, dtype, out);
+  else
+    decode_row_generic_avx512(w, row, dtype, out);
+}
 
 static const Variant VARIANT_AVX512 = {
     "avx512", WORD, LOOKUPS, 16, tabulate_avx512, exact_tile_avx512, quantize_avx2, int8_tile_avx512,
-    decode_row_avx512};
+    store_rows_avx512, decode_row_avx512};
 static const Variant VARIANT_VNNI = {
     "avx512vnni", WORD, LOOKUPS, 16, tabulate_avx512, exact_tile_avx512, quantize_avx2, int8_tile_vnni,
-    decode_row_avx512};
+    store_rows_avx512, decode_row_avx512};
 
 #endif
 
@@ -845,22 +910,21 @@ EXPORT void pbq_decode(const Weight *w, int64_t row, int64_t rows, int64_t colum
   for (int64_t i = 0; i < rows; i++) v->decode_row(w, row + i, dtype, (char *)out + i * row_size);
 }
 
-INLINE void gather_as(const Weight *w, const void *x, int dtype, int64_t begin, int64_t end, float *to) {
-  for (int64_t i = begin; i < end; i++) {
-    const int32_t column = w->column[i];
-    to[i] = column < 0 ? 0.0f : load(x, column, dtype);
-    if (w->column_scale) to[i] *= w->column_scale[i];
-  }
+INLINE void gather_as(const int32_t *restrict column, const void *restrict x, int dtype, int64_t count,
+                      float *restrict to) {
+  for (int64_t i = 0; i < count; i++) to[i] = column[i] < 0 ? 0.0f : load(x, column[i], dtype);
 }
 
 /* Positions [begin, end) of the tokens' x: stored order, fp32, padded, times the column scale. */
 static void gather(const Weight *w, const void *x, int dtype, int64_t begin, int64_t end, float *to) {
   if (dtype == FLOAT32)
-    gather_as(w, x, FLOAT32, begin, end, to);
+    gather_as(w->column + begin, x, FLOAT32, end - begin, to + begin);
   else if (dtype == BFLOAT16)
-    gather_as(w, x, BFLOAT16, begin, end, to);
+    gather_as(w->column + begin, x, BFLOAT16, end - begin, to + begin);
   else
-    gather_as(w, x, FLOAT16, begin, end, to);
+    gather_as(w->column + begin, x, FLOAT16, end - begin, to + begin);
+  if (w->column_scale)
+    for (int64_t i = begin; i < end; i++) to[i] *= w->column_scale[i];
 }
 
 /* fp64: an offset times a sum that has lost digits would show in every row. */
@@ -909,12 +973,13 @@ static void run_tiles(const Weight *w, const Variant *v, int mode, const Activat
     (mode == EXACT ? v->exact_tile : v->int8_tile)(w, a, tile, rows);
     const int64_t first = tile * w->tile;
     const int64_t count = w->n - first < w->tile ? w->n - first : w->tile;
-    for (int t = 0; t < a->tokens; t++)
-      for (int64_t r = 0; r < count; r++) {
-        float value = rows[t * w->tile + r];
-        if (w->overlay_start) value += overlay_dot(w, first + r, x + t * w->k * size_of(dtype), dtype);
-        store(y, t * w->n + first + r, y_dtype, value);
-      }
+    for (int t = 0; t < a->tokens; t++) {
+      float *from = rows + t * w->tile;
+      if (w->overlay_start)
+        for (int64_t r = 0; r < count; r++)
+          from[r] += overlay_dot(w, first + r, x + t * w->k * size_of(dtype), dtype);
+      v->store_rows(from, count, y_dtype, y, t * w->n + first);
+    }
   }
 }
 

@@ -34,19 +34,21 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MODES = {"exact": 0, "int8": 1}
 _WORD = 32  # positions of x kept for one weight word
 # What `_least_dense_planes` compares, in 1e9 a second on one thread of a Zen 4 core: lookups of one
-# plane (multiplications), decoding (weights), torch's matrix products (multiplications).
+# plane (multiplications), decoding with all that goes with it (weights), torch's matrix products
+# (multiplications).
 _RATES = {
-    "avx512vnni": (135.0, 4.0),
-    "avx512": (135.0, 4.0),
-    "avx2": (73.0, 1.2),
-    "portable": (10.0, 0.75),
+    "avx512vnni": (135.0, 2.0),
+    "avx512": (135.0, 2.0),
+    "avx2": (75.0, 0.8),
+    "portable": (10.0, 0.5),
 }
-_PRODUCT = {torch.float32: 50.0, torch.bfloat16: 90.0, torch.float16: 1.0}
+_PRODUCT = {torch.float32: 40.0, torch.bfloat16: 85.0, torch.float16: 1.0}
 _AMX_BFLOAT16_PRODUCT = 800.0  # not measured: AMX has ten times the peak of the vector units
-# Up to so many tokens decoding never pays.
-_MOST_LOOKUP_TOKENS = 15
-# Rows of a dense tile for many tokens: 1-6 MB, which stays in the last-level cache.
-_DENSE_ROWS = 256
+# Up to so many tokens, or multiplications (tokens times weights), decoding never pays.
+_MOST_LOOKUP_TOKENS = 31
+_MOST_LOOKUPS = 2**27
+# Weights of a dense tile: 2 to 4 MB, which stays in the last-level cache.
+_TILE_WEIGHTS = 2**20
 # Below this many plane bits a second thread costs more than it does.
 _BITS_PER_THREAD = 2**18
 # int8 mode: 127 * 2**22 * 4 stays below 2**31, whatever the bits.
@@ -381,7 +383,8 @@ def _multiply(x: Tensor, weight: CpuWeight, mode: int) -> Tensor:
     m = x.numel() // k
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], n))
-    if x.dtype in _DTYPES and (m <= _MOST_LOOKUP_TOKENS or mode == _MODES["int8"]):
+    few = m <= _MOST_LOOKUP_TOKENS or m * n * k <= _MOST_LOOKUPS
+    if x.dtype in _DTYPES and (few or mode == _MODES["int8"]):
         _look_up(x, weight, weight.address, mode, m, y)
     else:
         _multiply_many(x.view(m, k), weight, y.view(m, n))
@@ -419,7 +422,10 @@ def _multiply_many(x: Tensor, weight: CpuWeight, y: Tensor) -> None:
         x = x.index_select(1, many.columns)
         for rows, tile in _decoded_tiles(weight, many, x.dtype):
             product = torch.nn.functional.linear(x, tile)
-            y[:, rows] = product if sums is None else sums[:, rows] + product
+            if sums is None:
+                y[:, rows] = product
+            else:
+                torch.add(sums[:, rows], product, out=y[:, rows])
 
 
 def _decoded_tiles(
@@ -432,9 +438,10 @@ def _decoded_tiles(
     """
     n, k = weight.n, len(part.columns)
     stored = dtype if dtype in _DTYPES else torch.float32
-    buffer = torch.empty(min(n, _DENSE_ROWS), k, dtype=stored)
+    rows = min(n, max(64, _TILE_WEIGHTS // k))
+    buffer = torch.empty(rows, k, dtype=stored)
     address, code, threads = ctypes.addressof(part.struct), _DTYPES[stored], torch.get_num_threads()
-    for begin in range(0, n, _DENSE_ROWS):
+    for begin in range(0, n, rows):
         tile = buffer[: n - begin]
         weight.library.pbq_decode(address, begin, len(tile), k, code, tile.data_ptr(), threads)
         if weight.overlay and part is weight.whole:

@@ -254,6 +254,8 @@ def test_many_tokens_split_by_planes(
     pw = random_packed(700, 177, tiers, column_scale=True, overlay=overlay)
     backend = CpuBackend("cpu")
     weight, x = backend.prepare(pw), random_x(20, 177)
+    monkeypatch.setattr(cpu, "_MOST_LOOKUP_TOKENS", 0)
+    monkeypatch.setattr(cpu, "_MOST_LOOKUPS", 0)
     monkeypatch.setattr(cpu, "_least_dense_planes", lambda *_: planes)
     exact = x.double() @ dequantize(pw).double().T
     assert relative_error(backend.matmul(x, weight), exact) < 1e-6
@@ -268,12 +270,12 @@ def test_how_many_planes_are_worth_decoding(
     weight = repack(random_packed(32, 64), library, 0)
     weight.variant = "avx512vnni"
     monkeypatch.setattr(weight, "library", types.SimpleNamespace(pbq_has_amx=lambda: 0))
-    bfloat16 = [cpu._least_dense_planes(weight, m, torch.bfloat16) for m in (16, 64, 4096)]
+    bfloat16 = [cpu._least_dense_planes(weight, m, torch.bfloat16) for m in (32, 64, 4096)]
     assert bfloat16 == [4, 3, 2]
-    assert cpu._least_dense_planes(weight, 4096, torch.float32) == 3
+    assert cpu._least_dense_planes(weight, 4096, torch.float32) == 4
     assert cpu._least_dense_planes(weight, 4096, torch.float64) == 0  # no lookups in float64
     monkeypatch.setattr(weight, "library", types.SimpleNamespace(pbq_has_amx=lambda: 1))
-    assert cpu._least_dense_planes(weight, 64, torch.bfloat16) == 1
+    assert cpu._least_dense_planes(weight, 512, torch.bfloat16) == 1
 
 
 def test_the_gradient_of_x(random_packed: RandomPacked) -> None:
