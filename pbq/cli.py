@@ -119,7 +119,7 @@ def quantize(
     )
     if as_json:
         print(json.dumps(result.to_dict()))
-    else:
+    elif not quiet:
         console.table(result.rows(), title=f"{target}")
 
 
@@ -276,7 +276,7 @@ def verify(out: Packed, as_json: AsJson = False, quiet: Quiet = False) -> None:
     report = checkpoint.verify(out, progress=console.step)
     if as_json:
         print(json.dumps(report.to_dict()))
-    else:
+    elif not quiet:
         console.table(report.rows(), title=f"{out} is intact")
 
 

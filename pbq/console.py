@@ -115,8 +115,11 @@ def run_guarded(app: Callable[..., Any]) -> int:
         return _refuse(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _interrupted()
-    except MemoryError:
-        return _refuse("out of memory; try fewer --nsamples or a shorter --seqlen", 5)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        way_out = "try fewer --nsamples or a shorter --seqlen"
+        return _refuse(f"out of memory; {way_out}", ResourceError.exit_code)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _refuse(f"{where}{error.strerror or error}", ResourceError.exit_code)
@@ -127,6 +130,12 @@ def _refuse(message: str, code: int) -> int:
     with contextlib.suppress(OSError):
         print(f"pbq: {message}", file=sys.stderr)
     return code
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch, which is not imported here, has an error of its own on GPUs and none on CPUs."""
+    torch_says = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or torch_says
 
 
 def _interrupted() -> int:

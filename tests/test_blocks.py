@@ -407,15 +407,21 @@ def test_the_papers_recipe_rounds_the_weight_as_it_came(
 
 @pytest.mark.parametrize("count", [1, 2, 5, 32])
 @pytest.mark.parametrize("tokens", [1, 40, 41, 10**9])
-def test_hessian_batches_are_spread_and_enough(
+def test_hessian_batches_are_spread_enough_and_others_in_the_next_block(
     count: int, tokens: int, tiny_model: TinyModel
 ) -> None:
     scene = Scene(tiny_model("llama"), batches=1)
     quantizer = scene.quantizer(Recipe(hessian_tokens=tokens), ptq161.Ptq161(faithful=False))
     quantizer.config = QuantConfig(nsamples=2 * count, seqlen=10)  # 20 tokens a batch
-    chosen = quantizer._hessian_batches(count)
-    assert chosen == sorted(set(chosen)) and chosen[0] == 0 and chosen[-1] < count
-    assert len(chosen) == count or 20 * (len(chosen) - 1) < tokens <= 20 * len(chosen)
+    every = []
+    for quantizer.index in range(4):
+        chosen = quantizer._hessian_batches(count)
+        assert chosen == sorted(set(chosen)) and chosen[0] >= 0 and chosen[-1] < count
+        assert len(chosen) == count or 20 * (len(chosen) - 1) < tokens <= 20 * len(chosen)
+        every.append(set(chosen))
+    assert 0 in every[0]
+    if 2 * len(every[0]) <= count:
+        assert not every[0] & every[1] and not every[1] & every[2]
 
 
 @pytest.mark.parametrize("stream", ["fp", "quant"])

@@ -299,9 +299,9 @@ def steps_taken(total: int, *, constant: bool) -> list[float]:
     parameter, moves = nn.Parameter(torch.zeros(1, dtype=torch.float64)), []
     schedule = Schedule([([parameter], 0.1), ([], 1.0)], total, constant=constant)
     for _ in range(total):
-        before = float(parameter)
+        before = parameter.item()
         schedule.step(-parameter.sum())
-        moves.append(float(parameter) - before)
+        moves.append(parameter.item() - before)
     return moves
 
 

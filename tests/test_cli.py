@@ -1,0 +1,455 @@
+"""The command line: instant help, one clear line a refusal, exit codes, JSON on stdout.
+
+Commands run in this process, through the function that the console script calls; what only a fresh
+process shows (imports, stray output of libraries) is tested in two that are started for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import pbq
+from pbq import checkpoint, methods, pipeline, scoring
+from pbq.cli import app
+from pbq.console import Console, run_guarded
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = ["quantize", "plan", "eval", "generate", "inspect", "verify"]
+
+Invoke = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
+    """invoke(*words): exit code, stdout, stderr of `pbq WORDS`."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pbq", *map(str, words)])
+        capsys.readouterr()
+        code = run_guarded(app)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any, tiny_tokenizer: Any) -> Path:
+    """A llama with room for a window of 2048 tokens."""
+    path = tmp_path_factory.mktemp("cli") / "source"
+    tiny_model("llama", max_position_embeddings=2048).save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small(text: Path) -> list[str]:
+    """Options of a run of a second."""
+    return ["--bits", "2.5", "--effort", "fast", "--nsamples", "4", "--seqlen", "16",
+            "--calib", str(text)]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
+
+
+def started(code: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """A fresh Python that runs `code` with sys.argv = pbq WORDS."""
+    command = [sys.executable, "-c", code, *map(str, words)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
+
+
+MAIN = "from pbq_cli import main; main()"
+
+
+@pytest.fixture(scope="session")
+def run(
+    tmp_path_factory: pytest.TempPathFactory, source: Path, text: Path, small: list[str]
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """OUT, and the process that wrote it with --json."""
+    out = tmp_path_factory.mktemp("cli") / "out"
+    words = ["quantize", source, out, *small, "--ppl", text, "--windows", "1", "--json"]
+    return out, started(MAIN, *words)
+
+
+@pytest.fixture
+def out(run: tuple[Path, subprocess.CompletedProcess[str]]) -> Path:
+    return run[0]
+
+
+def refusal(err: str) -> str:
+    """The one line that says why, which is the last; nothing of a traceback before it."""
+    lines = err.strip().splitlines()
+    assert "Traceback" not in err and sum(line.startswith("pbq: ") for line in lines) == 1, err
+    assert lines[-1].startswith("pbq: "), err
+    return lines[-1].removeprefix("pbq: ")
+
+
+# Help
+
+
+def test_help_is_instant_and_imports_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from pbq_cli import main\n"
+        "try: main()\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'safetensors'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    seconds = []
+    for _ in range(3):  # the best of three: other processes warm and cool the caches
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = started(code, "--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        if seconds[-1] < 0.5:
+            break
+    assert min(seconds) < 0.5
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_an_example_and_explains_every_option(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"], terminal_width=200)
+    assert result.exit_code == 0
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", result.output)
+    assert f"Example: pbq {command} " in " ".join(plain.split())
+    (found,) = [c for c in app.registered_commands if (c.name or c.callback.__name__) == command]
+    assert found.callback is not None and found.callback.__doc__
+
+
+def test_the_examples_are_commands_that_parse(invoke: Invoke, monkeypatch: Any) -> None:
+    """Each example up to its arguments: options that do not exist would exit with 2."""
+    seen: list[str] = []
+    for module, name in (
+        (pipeline, "quantize"),
+        (scoring, "score_models"),
+        (scoring, "stream_text"),
+        (checkpoint, "verify"),
+        (checkpoint, "inspect"),
+    ):
+
+        def note(*args: Any, name: str = name, **options: Any) -> None:
+            seen.append(name)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(module, name, note)
+    monkeypatch.setattr("pbq.planning.plan", lambda *a, **o: note(name="plan"))
+    import shlex
+
+    for command in app.registered_commands:
+        assert command.epilog
+        words = shlex.split(command.epilog.removeprefix("Example: pbq ").split(" && ")[0])
+        assert invoke(*words)[0] == 130
+    assert len(seen) == len(COMMANDS)
+
+
+def test_version(invoke: Invoke) -> None:
+    code, out, err = invoke("--version")
+    assert (code, out, err) == (0, f"pbq {pbq.__version__}\n", "")
+
+
+# Output
+
+
+def test_json_on_stdout_and_progress_on_stderr(
+    run: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    out, done = run
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["bits"] <= 2.5 and found["after"]["windows"] == 1
+    assert found["bits"] == checkpoint.inspect(out).stored_bits
+    lines = done.stderr.strip().splitlines()
+    # a line a stage and a block; no bar, no warning, nothing from a library
+    assert all(re.match(r"\[ +\d+ s\] |model\.layers\.\d ", line) for line in lines), done.stderr
+    assert [line.split("] ")[1] for line in lines if line.startswith("[")] == [
+        "load the model",
+        "calibration text",
+        "perplexity before",
+        "statistics",
+        "blocks",
+        "perplexity after",
+        "write",
+    ]
+
+
+def test_quiet_is_silent(invoke: Invoke, source: Path, small: list[str], tmp_path: Path) -> None:
+    assert invoke("quantize", source, tmp_path / "out", *small, "--quiet") == (0, "", "")
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_run_ends_with_a_table(
+    invoke: Invoke, source: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = invoke("quantize", source, *small)
+    assert code == 0 and "load the model" in err and "load the model" not in out
+    assert "stored bits per weight" in out and "(asked: 2.5)" in out and "peak memory" in out
+    assert (tmp_path / "source-pbq-2.5" / "model.safetensors").exists()
+
+
+def test_plan_says_what_the_run_stored(
+    invoke: Invoke, source: Path, small: list[str], out: Path, tmp_path: Path
+) -> None:
+    calib = small.index("--calib")
+    code, stdout, _ = invoke("plan", source, *small[:calib], "--json")
+    assert code == 0
+    planned = json.loads(stdout)
+    assert planned["bits"] == pytest.approx(checkpoint.inspect(out).stored_bits, abs=1e-9)
+    code, again, _ = invoke("quantize", source, tmp_path / "o", *small, "--dry-run", "--json")
+    assert code == 0 and json.loads(again) == planned and not any(tmp_path.iterdir())
+    code, table, _ = invoke("plan", source, *small[:calib])
+    assert code == 0 and "stored bits per weight" in table and "memory while quantizing" in table
+
+
+def test_eval_scores_two_models_side_by_side(
+    invoke: Invoke, source: Path, out: Path, text: Path
+) -> None:
+    words = ["eval", out, "--ppl", text, "--window", 64, "--windows", 2, "--baseline", source]
+    code, stdout, err = invoke(*words, "--json")
+    assert code == 0 and "perplexity of" in err
+    scores = json.loads(stdout)["models"]
+    assert [m["model"] for m in scores] == [str(out), str(source)]
+    ppl = [m["perplexities"][0]["ppl"] for m in scores]
+    assert ppl[0] != ppl[1] and all(m["perplexities"][0]["windows"] == 2 for m in scores)
+    code, table, err = invoke(*words, "--quiet")
+    assert code == 0 and err == ""
+    assert all(f"{value:.2f}" in table for value in ppl) and "text.txt, 2" in table
+
+
+def test_generate_writes_the_text_and_nothing_else(
+    invoke: Invoke, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, first, _ = invoke("generate", out, "--prompt", "The", "--max-new-tokens", 5)
+    assert code == 0 and first.strip() and "The" not in first
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
+    code, stdout, err = invoke("generate", out)
+    assert code == 2 and not stdout and "the prompt is empty" in refusal(err)
+    sampled = [
+        invoke("generate", out, "--prompt", "The", "--temperature", 2, "--seed", seed)[1]
+        for seed in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_inspect_and_verify(invoke: Invoke, out: Path) -> None:
+    code, stdout, _ = invoke("inspect", out, "--json")
+    assert code == 0 and json.loads(stdout)["stored_bits"] <= 2.5
+    layer = "model.layers.0.mlp.down_proj"
+    code, stdout, _ = invoke("inspect", out, "--layer", layer, "--json")
+    assert code == 0 and json.loads(stdout)["name"] == layer
+    for words in (["inspect", out], ["inspect", out, "--layer", layer], ["verify", out]):
+        code, stdout, _ = invoke(*words)
+        assert code == 0 and stdout.strip()
+    code, stdout, err = invoke("verify", out, "--json")
+    assert code == 0 and json.loads(stdout)["layers"] == 21 and "verify" in err
+    code, stdout, err = invoke("verify", out, "--quiet")
+    assert (code, stdout, err) == (0, "", "")
+
+
+def test_the_bar_goes_when_a_stage_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    """On a terminal: a live bar that is left running would hide the cursor for good."""
+    console = Console()
+    console._err._force_terminal = True
+    console.stage("blocks", 3)
+    assert console._progress is not None
+    console.step(1)
+    console.line("model.layers.0  [not markup]")
+    console.close()
+    assert console._progress is None
+    err = capsys.readouterr().err
+    assert "[not markup]" in err and err.count("\x1b[?25l") == err.count("\x1b[?25h") == 1
+
+
+# Refusals: (exit code, words, what the line says). Every one ends in one line and no traceback.
+
+
+def damaged(out: Path, path: Path) -> Path:
+    """A copy of OUT with one byte of its packed weights changed."""
+    shutil.copytree(out, path)
+    data = bytearray((path / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "model.safetensors").write_bytes(data)
+    return path
+
+
+def test_usage_errors_exit_with_2(
+    invoke: Invoke, source: Path, small: list[str], out: Path, text: Path, tmp_path: Path
+) -> None:
+    new = tmp_path / "new"
+    start = ["quantize", source, new, *small]
+    for words, message in (
+        ([*start, "--bits", "0"], "--bits 0.0: expected a number above 0 and at most 8"),
+        ([*start, "--bits", "nan"], "--bits nan: expected"),
+        ([*start, "--bits", "1"], r"1 bits cannot hold .*; the least is --bits 1\.\d+"),
+        ([*start, "--method", "magic"], "--method magic: unknown; there are .*ptq161"),
+        ([*start, "--effort", "huge"], "--effort huge: expected one of fast, default, best"),
+        ([*start, "--group-size", "64"], "--group-size 64: ptq161 has no use for it"),
+        ([*start, "--device", "abacus"], "device 'abacus' cannot be used"),
+        ([*start, "--ppl", text, "--windows", "0"], "--windows 0: at least one window"),
+        (["quantize", source, out, *small], "--overwrite replaces it"),
+        (["eval", out], "nothing to score; give --ppl FILE or --tasks"),
+        (["eval", out, "--ppl", text, "--window", "4000"], "longer than the model's 2048"),
+        (["generate", out, "--prompt", "a", "--top-p", "2"], r"--top-p in \(0, 1\]"),
+    ):
+        code, stdout, err = invoke(*words)
+        assert code == 2 and not stdout and re.search(message, refusal(err)), (words, err)
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["--nonsense"], ["quantize"], ["quantise", "a"]])
+def test_words_that_do_not_parse_exit_with_2(words: list[str], invoke: Invoke) -> None:
+    code, stdout, err = invoke(*words)
+    assert code == 2 and not stdout and "Traceback" not in err and err.strip()
+
+
+def test_model_errors_exit_with_3(
+    invoke: Invoke,
+    small: list[str],
+    out: Path,
+    tmp_path: Path,
+    tiny_checkpoint: Callable[[str], Path],
+    text: Path,
+) -> None:
+    new, empty, broken = tmp_path / "new", tmp_path / "empty", tmp_path / "broken"
+    empty.mkdir()
+    broken.mkdir()
+    (broken / "config.json").write_text("{")
+    false_gguf = tmp_path / "false.gguf"
+    false_gguf.write_bytes(b"GGUX")
+    moe = tiny_checkpoint("qwen3_moe")
+    for words, message in (
+        (["quantize", tmp_path / "absent", new, *small], "absent: no such directory"),
+        (["quantize", empty, new, *small], "empty: no config.json in it"),
+        (["quantize", broken, new, *small], "config.json: not JSON"),
+        (["quantize", false_gguf, new, *small], "false.gguf: not a GGUF file"),
+        (["quantize", moe, new, *small], r"only \d+\.\d% of the block weights"),
+        (["plan", moe], r"only \d+\.\d% of the block weights"),
+        (["quantize", out, new, *small], "already quantized with pbq"),
+        (["inspect", empty], "config.json: missing"),
+        (["verify", moe], "not a pbq checkpoint"),
+        (["inspect", out, "--layer", "nope"], "no quantized layer is called 'nope'"),
+        (["verify", damaged(out, tmp_path / "damaged")], "damaged"),
+    ):
+        code, stdout, err = invoke(*words)
+        assert code == 3 and not stdout and re.search(message, refusal(err)), (words, err)
+        assert not new.exists()
+
+
+def test_data_errors_exit_with_4(
+    invoke: Invoke, source: Path, small: list[str], out: Path, text: Path, tmp_path: Path
+) -> None:
+    empty, absent, new = tmp_path / "empty.txt", tmp_path / "absent.txt", tmp_path / "new"
+    empty.write_text("")
+    start = ["quantize", source, new, *small]
+    for words, message in (
+        ([*start, "--calib", absent], "absent.txt: No such file or directory"),
+        ([*start, "--calib", empty], "empty.txt: 0 tokens, but 4 x 16 = 64 are needed"),
+        ([*start, "--ppl", absent], "absent.txt: cannot be read"),
+        ([*start, "--ppl", empty], "empty.txt: the file is empty"),
+        (["quantize", "nobody/nothing", new, *small], "the hub cannot be reached"),
+        (["eval", out, "--ppl", absent], "absent.txt: no such file"),
+    ):
+        code, stdout, err = invoke(*words)
+        assert code == 4 and not stdout and re.search(message, refusal(err)), (words, err)
+        assert [p.name for p in tmp_path.iterdir()] == ["empty.txt"]
+
+
+def test_a_full_disk_or_memory_exits_with_5(
+    invoke: Invoke,
+    source: Path,
+    small: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ["quantize", source, tmp_path / "new", *small]
+    with monkeypatch.context() as patch:
+        usage = namedtuple("usage", "total used free")
+        patch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 0))
+        code, _, err = invoke(*words)
+    assert code == 5 and "needed, 0 B free on that disk" in refusal(err)
+    for error in (
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "record_calls", raising(error))
+            code, _, err = invoke(*words)
+        assert code == 5 and "out of memory; try fewer --nsamples" in refusal(err)
+    assert not (tmp_path / "new").exists()
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    return fail
+
+
+def test_numbers_that_are_none_exit_with_6(
+    invoke: Invoke, small: list[str], tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("inf")
+    model.save_pretrained(tmp_path / "source")
+    tiny_tokenizer.save_pretrained(tmp_path / "source")
+    code, stdout, err = invoke("quantize", tmp_path / "source", tmp_path / "out", *small)
+    assert code == 6 and not stdout
+    assert refusal(err).startswith("model.layers.1.mlp.down_proj: non-finite inputs")
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_exits_with_130_and_names_the_command_that_resumes(
+    invoke: Invoke,
+    source: Path,
+    small: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: Path,
+) -> None:
+    new = tmp_path / "a new one"
+    words = ["quantize", source, new, *small]
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_checkpoint", raising(KeyboardInterrupt()))
+        code, stdout, err = invoke(*words)
+    assert code == 130 and not stdout and not new.exists()
+    assert refusal(err).startswith("interrupted; the same command resumes: pbq quantize ")
+    assert f"'{new}'" in err  # quoted for the shell
+    code, _, err = invoke(*words)
+    assert code == 0 and "model.layers" not in err and new.exists()
+    # of the other commands there is nothing to resume
+    monkeypatch.setattr(scoring, "score_models", raising(KeyboardInterrupt()))
+    code, _, err = invoke("eval", new, "--ppl", text)
+    assert code == 130 and refusal(err) == "interrupted"
+
+
+def test_every_method_can_be_named(invoke: Invoke, source: Path) -> None:
+    for name in methods.names():
+        code, stdout, _ = invoke("plan", source, "--bits", "2.5", "--method", name, "--json")
+        assert code == 0 and json.loads(stdout)["method"] == name
