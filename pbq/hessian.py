@@ -39,10 +39,10 @@ class Hessian:
 
 def damp(H: Float[Tensor, "k k"], percdamp: float) -> Float[Tensor, "k k"]:
     """H + percdamp * mean(diag H) * I. A dead channel (no input ever) is damped like the others."""
-    diagonal = H.diagonal().mean() * percdamp
+    mean = H.diagonal().mean()
     # all inputs zero: any positive metric will do, and identity is the plain one
-    diagonal = diagonal if diagonal > 0 else diagonal + 1
-    return H + diagonal * torch.eye(len(H), device=H.device, dtype=H.dtype)
+    damping = mean * percdamp if mean > 0 else mean + 1
+    return H + damping * torch.eye(len(H), device=H.device, dtype=H.dtype)
 
 
 def inverse_cholesky(

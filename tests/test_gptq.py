@@ -96,6 +96,15 @@ def in_order(W, H, tiers, tier_of, percdamp=0.01):
     return W[:, order].double(), U, runs
 
 
+def group_grids(qw):
+    """(tier, grid, columns) of every group."""
+    for t, tier in enumerate(qw.tiers):
+        size = tier.columns if tier.group_size == -1 else tier.group_size
+        for group in range(tier.groups):
+            columns = qw.columns(t)[group * size : (group + 1) * size]
+            yield tier, qw.grids[t].grid(tier, group), columns
+
+
 def row_losses(W, H, qw):
     E = (W - qw.dequantize()).double()
     return ((E @ H.double()) * E).sum(1)
@@ -194,18 +203,11 @@ def test_identity_hessian_is_plain_rounding(kind):
     tier_of = tier_columns(tiers, k)
     qw, compensated, _ = quantize_weight(W, torch.eye(k), tiers, tier_of, fit, sweeps=0)
     assert torch.equal(compensated, W)
-    for t, tier in enumerate(tiers):
-        for group, start in enumerate(range(0, tier.columns, tier.group_size % (k + 1) or k)):
-            size = tier.columns if tier.group_size == -1 else tier.group_size
-            columns = qw.columns(t)[start : start + size]
-            W_g = W[:, columns]
-            plain = fit(W_g, torch.ones(W_g.shape[1]), tier, W)
-            found = qw.grids[t].grid(tier, group)
-            # columns reach `fit` in another order, so that sums may differ by an ulp of float16
-            torch.testing.assert_close(found.levels(), plain.levels(), rtol=2e-3, atol=1e-4)
-            assert torch.equal(qw.codes[:, columns], found.codes(W_g))
-            if tier.group_size == -1:
-                continue
+    for tier, grid, columns in group_grids(qw):
+        plain = fit(W[:, columns], torch.ones(len(columns)), tier, W)
+        # columns reach `fit` in another order, so that sums may differ by an ulp of float16
+        torch.testing.assert_close(grid.levels(), plain.levels(), rtol=2e-3, atol=1e-4)
+        assert torch.equal(qw.codes[:, columns], grid.codes(W[:, columns]))
 
 
 @pytest.mark.parametrize("b", [1, 2, 16, 61])
@@ -237,6 +239,29 @@ def test_feedback_lowers_the_loss():
     gains = [feedback_gain(seed) for seed in range(5)]
     assert max(gains) < 0.8
     assert np.mean(gains) < 0.75
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_feedback_every_column_is_rounded_on_its_own(kind):
+    W, H = problem(9, 63)
+    tiers = tiers_named(kind, 63)
+    tier_of = tier_columns(tiers, 63)
+    qw, compensated, _ = quantize_weight(W, H, tiers, tier_of, fit, sweeps=0, feedback=False)
+    assert torch.equal(compensated, W)
+    for _, grid, columns in group_grids(qw):
+        assert torch.equal(qw.codes[:, columns], grid.codes(W[:, columns]))
+    polished, _, _ = quantize_weight(W, H, tiers, tier_of, fit, sweeps=1, feedback=False)
+    assert (row_losses(W, H, polished) <= row_losses(W, H, qw) * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("factor", [2.0**-10, 2.0**10])
+def test_polishing_without_feedback_does_not_depend_on_the_unit_of_the_inputs(factor):
+    W, H = problem(9, 63)
+    tiers = tiers_named("fine and coarse", 63)
+    tier_of = tier_columns(tiers, 63)
+    one, _, _ = quantize_weight(W, H, tiers, tier_of, fit, feedback=False)
+    other, _, _ = quantize_weight(W, factor * H, tiers, tier_of, fit, feedback=False)
+    assert torch.equal(one.dequantize(), other.dequantize())
 
 
 def loss_in_order(W, H, tiers, tier_of, order, runs):

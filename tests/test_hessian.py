@@ -81,6 +81,7 @@ def test_no_tokens_is_zero_not_nan():
 def test_damping_by_hand():
     H = torch.tensor([[3.0, 1.0], [1.0, 0.0]])
     torch.testing.assert_close(damp(H, 0.1), torch.tensor([[3.15, 1.0], [1.0, 0.15]]))
+    assert torch.equal(damp(H, 0.0), H)
     assert damp(torch.zeros(2, 2), 0.01).tolist() == [[1.0, 0.0], [0.0, 1.0]]
 
 
