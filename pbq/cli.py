@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -272,8 +273,9 @@ def verify(out: Packed, as_json: AsJson = False, quiet: Quiet = False) -> None:
     from pbq import checkpoint
 
     console = Console(quiet=quiet)
-    console.stage("verify", None)
-    report = checkpoint.verify(out, progress=console.step)
+    with closing(console):
+        console.stage("verify", None)
+        report = checkpoint.verify(out, progress=console.step)
     if as_json:
         print(json.dumps(report.to_dict()))
     elif not quiet:

@@ -92,7 +92,7 @@ class RunReport:
             before = f"{self.before.ppl:.2f} -> " if self.before is not None else ""
             rows["perplexity"] = f"{before}{self.after.ppl:.2f} ({self.after.label()})"
         spent = ", ".join(f"{name} {s:.0f}" for name, s in self.seconds.items() if s >= 0.5)
-        rows["seconds"] = f"{sum(self.seconds.values()):.0f} ({spent})"
+        rows["seconds"] = f"{sum(self.seconds.values()):.0f}" + (f" ({spent})" if spent else "")
         rows["peak memory"] = size_text(self.peak_bytes)
         return rows
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ import torch
 from transformers import AutoTokenizer, TextStreamer
 
 from pbq.errors import DataError, UsageError
-from pbq.evaluate import Perplexity, perplexity, resolve_tasks, run_tasks, tokenize_file
+from pbq.evaluate import (
+    Perplexity,
+    TaskSet,
+    perplexity,
+    resolve_tasks,
+    run_tasks,
+    tokenize_file,
+)
 from pbq.models import compute_dtype, load_model, pick_device
 from pbq.pipeline import Observer
 from pbq.sources import Source, resolve_source
@@ -81,12 +89,8 @@ def score_models(
     for path in texts:
         if not path.is_file():
             raise DataError(f"{path}: no such file")
-    resolved = None
-    if tasks:
-        observer.stage("find tasks", None)
-        resolved = resolve_tasks(tasks, data_dir, num_fewshot=num_fewshot)
-    found = []
-    for source in sources:
+
+    def score(source: Source, resolved: TaskSet | None) -> ModelScores:
         observer.stage(f"load {source.name}", None)
         model, tokenizer = load_model(
             source, compute_dtype(source, where), where, trust_remote_code, packed=True
@@ -102,11 +106,17 @@ def score_models(
         if resolved is not None:
             observer.stage(f"tasks of {source.name}", None)
             scores.tasks = run_tasks(model, tokenizer, resolved, limit=limit, batch_size=batch_size)
-        found.append(scores)
-        # the next model should find this one's memory free
-        del model
-        gc.collect()
-    observer.close()
+        return scores
+
+    with closing(observer):
+        resolved = None
+        if tasks:
+            observer.stage("find tasks", None)
+            resolved = resolve_tasks(tasks, data_dir, num_fewshot=num_fewshot)
+        found = []
+        for source in sources:
+            found.append(score(source, resolved))
+            gc.collect()  # the next model should find this one's memory free
     return Scores(found)
 
 

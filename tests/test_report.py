@@ -1,0 +1,139 @@
+"""The numbers of a run: counted from the packed model, and told truthfully in card and table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import PreTrainedModel
+
+from pbq import checkpoint
+from pbq.config import QuantConfig
+from pbq.evaluate import Perplexity
+from pbq.report import RunReport, model_card, peak_bytes, write_checkpoint
+from pbq.sources import Source
+
+
+def measured(ppl: float) -> Perplexity:
+    return Perplexity(ppl, 3.0, 40, 2048, 40 * 2048, 100_000, "wiki.txt", "0" * 64, 1.5)
+
+
+def report(**changes: object) -> RunReport:
+    config = QuantConfig(bits=1.61, calib="wiki.txt").to_dict()
+    plain = RunReport(
+        source="someone/model",
+        config=config,
+        calibration="wiki.txt, 64 x 1024 tokens",
+        bits=1.6049,
+        paper_bits=1.5,
+        quantized_weights=1000,
+        quantized_bytes=200,
+        quantized_bytes_before=2000,
+        model_bytes=1200,
+        model_bytes_before=3000,
+        parameters=1500,
+        seconds={"load": 0.2, "blocks": 61.4},
+        peak_bytes=3 * 2**30,
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_counts_what_save_pretrained_will_write(
+    architecture: str, packed_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    """Tied embeddings once (both models tie), biases, and every packed tensor."""
+    model = packed_model(architecture)
+    found = report()
+    found.count(model)
+    model.save_pretrained(tmp_path)
+    summary = checkpoint.inspect(tmp_path)
+    assert found.bits == summary.stored_bits
+    assert found.quantized_weights == summary.quantized_parameters
+    assert found.quantized_bytes == summary.quantized_bytes
+    assert found.parameters == summary.parameters
+    assert found.model_bytes == summary.quantized_bytes + summary.other_bytes
+    # float32 before, and all else unchanged
+    dense = 4 * found.quantized_weights
+    assert found.quantized_bytes_before == dense
+    assert found.model_bytes_before == dense + summary.other_bytes
+
+
+def test_counts_against_the_models_own_dtype(packed_model: Callable[..., PreTrainedModel]) -> None:
+    found = report()
+    found.count(packed_model("llama").bfloat16())
+    assert found.quantized_bytes_before == 2 * found.quantized_weights
+
+
+def test_time_is_added_up_per_stage_even_when_a_stage_fails() -> None:
+    found = RunReport("m", {})
+    with found.timed("a"):
+        pass
+    first = found.seconds["a"]
+    with pytest.raises(KeyError), found.timed("a"):
+        raise KeyError
+    assert found.seconds["a"] > first > 0 and list(found.seconds) == ["a"]
+
+
+def test_rows_are_what_a_person_wants_to_know() -> None:
+    rows = report(before=measured(20.5), after=measured(123.456)).rows()
+    assert rows == {
+        "quantized layers": "2.0 KiB -> 200 B (10.0x smaller)",
+        "whole checkpoint": "2.9 KiB -> 1.2 KiB (2.5x smaller)",
+        "stored bits per weight": "1.605 (asked: 1.61)",
+        "by the paper's accounting": "1.50",
+        "bits per parameter, whole model": "6.40",
+        "calibration": "wiki.txt, 64 x 1024 tokens",
+        "perplexity": f"20.50 -> 123.46 ({measured(1).label()})",
+        "seconds": "62 (blocks 61)",
+        "peak memory": "3.0 GiB",
+    }
+    assert "perplexity" not in report().rows()
+    assert report(seconds={"load": 0.1}).rows()["seconds"] == "0"
+
+
+def test_the_card_has_valid_metadata_and_says_what_was_not_measured(tmp_path: Path) -> None:
+    card = model_card(report(before=measured(20.5), after=measured(123.456)))
+    head = yaml.safe_load(card.split("---")[1])
+    assert head == {
+        "base_model": "someone/model",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["pbq", "quantized", "ptq161"],
+    }
+    assert "# model, 1.60 stored bits per weight" in card and "20.50 -> 123.46" in card
+    assert "not measured" not in card and "`calib=wiki.txt`" in card
+    local = model_card(report(source=str(tmp_path)))
+    assert "base_model" not in local and "Perplexity was not measured" in local
+
+
+@pytest.mark.parametrize("gguf", [False, True])
+def test_a_checkpoint_is_complete_and_takes_only_what_is_the_models(
+    gguf: bool,
+    packed_model: Callable[..., PreTrainedModel],
+    tiny_tokenizer: object,
+    tmp_path: Path,
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    for name in ("LICENSE", "model.safetensors", "README.md", "modeling.py"):
+        (source / name).write_text("of the source")
+    model, found = packed_model("llama"), report(after=measured(123.456))
+    place = Source("m", source, "m.gguf" if gguf else None)
+    write_checkpoint(out, place, model, tiny_tokenizer, found)
+    written = {p.name for p in out.iterdir()}
+    assert written >= {"config.json", "model.safetensors", "tokenizer.json", "report.json"}
+    # a .gguf file lies in a folder that need not be its own
+    assert ("LICENSE" in written) is not gguf and "modeling.py" not in written
+    assert (out / "README.md").read_text() == model_card(found)
+    assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(found.to_dict()))
+    checkpoint.verify(out)
+
+
+def test_peak_memory_is_in_bytes() -> None:
+    assert 50 * 2**20 < peak_bytes() < 2**40
