@@ -983,61 +983,96 @@ static void run_tiles(const Weight *w, const Variant *v, int mode, const Activat
   }
 }
 
-/* What one thread of `size` does. Barriers: x is gathered, x is prepared, x may be overwritten. */
-static void run_thread(const Weight *w, const Variant *v, int mode, Activations a, int rank, int size,
-                       const char *x, int dtype, int64_t m, char *y, int y_dtype) {
+/* One of `size` threads that share the rows, and one of `shares` that share the preparation of x:
+ * all of them, or each for itself. Barriers: x is gathered, x is prepared, x may be overwritten. */
+static void run_rows(const Weight *w, const Variant *v, int mode, Activations a, int rank, int size,
+                     int shares, const char *x, int dtype, int64_t m, char *y, int y_dtype) {
+  const int share = shares == 1 ? 0 : rank;
   const int64_t positions = (int64_t)w->words * WORD;
-  const int64_t begin = (int64_t)w->words * rank / size * WORD;
-  const int64_t end = (int64_t)w->words * (rank + 1) / size * WORD;
+  const int64_t begin = (int64_t)w->words * share / shares * WORD;
+  const int64_t end = (int64_t)w->words * (share + 1) / shares * WORD;
   for (int64_t token = 0; token < m; token += a.tokens) {
     a.tokens = m - token < TOKENS ? 1 : TOKENS;
     const char *from = x + token * w->k * size_of(dtype);
     for (int t = 0; t < a.tokens; t++) {
       gather(w, from + t * w->k * size_of(dtype), dtype, begin, end, a.x + t * positions);
-      if (mode == EXACT) tabulate_part(w, v, &a, t, rank, size);
+      if (mode == EXACT) tabulate_part(w, v, &a, t, share, shares);
     }
+    if (shares > 1) {
 #pragma omp barrier
-    for (int i = rank; i < a.tokens * w->groups; i += size)
+    }
+    for (int i = share; i < a.tokens * w->groups; i += shares)
       prepare_group(w, v, mode, &a, i / w->groups, i % w->groups);
+    if (shares > 1) {
 #pragma omp barrier
+    }
     run_tiles(w, v, mode, &a, rank, size, from, dtype, y + token * w->n * size_of(y_dtype), y_dtype);
+    if (shares > 1) {
 #pragma omp barrier
+    }
   }
 }
 
-static void *carve(char **from, int64_t bytes) {
-  char *part = *from;
-  *from += (bytes + 63) / 64 * 64;
+static void *carve(uintptr_t *from, int64_t bytes) {
+  void *part = (void *)*from;
+  *from += (uintptr_t)((bytes + 63) / 64 * 64);
   return part;
+}
+
+/* Lays out the buffers of one chunk from address `from` on; returns how many bytes they take. */
+static int64_t lay_out(Activations *a, const Weight *w, const Variant *v, int mode, int64_t m,
+                       uintptr_t from) {
+  const uintptr_t first = from;
+  const int64_t tokens = m < TOKENS ? 1 : TOKENS;
+  const int64_t words = tokens * w->words, groups = tokens * w->groups;
+  a->table = carve(&from, mode == EXACT ? words * v->lookups * v->entries * 4 : 0);
+  a->x = carve(&from, words * WORD * 4);
+  a->q = carve(&from, mode == INT8 ? words * WORD : 0);
+  a->sum = carve(&from, groups * 4);
+  a->q_scale = carve(&from, groups * 4);
+  a->q_sum = carve(&from, groups * 4);
+  return (int64_t)(from - first);
+}
+
+/* A barrier waits for a thread that is not running, which on a busy machine takes milliseconds. So
+ * many tokens are shared out instead of rows, and a few threads rather prepare x each for itself. */
+#define FEW_THREADS 4
+
+static void run_thread(const Weight *w, const Variant *v, int mode, char *scratch, int64_t scratch_size,
+                       int rank, int size, const char *x, int dtype, int64_t m, char *y, int y_dtype) {
+  const int64_t chunks = m / TOKENS;
+  const int share_tokens = chunks >= 4 * size, share_x = !share_tokens && size > FEW_THREADS;
+  Activations a = {0};
+  lay_out(&a, w, v, mode, m, (uintptr_t)(share_x ? scratch : scratch + rank * scratch_size));
+  if (!share_tokens) {
+    run_rows(w, v, mode, a, rank, size, share_x ? size : 1, x, dtype, m, y, y_dtype);
+    return;
+  }
+  const int64_t begin = chunks * rank / size * TOKENS;
+  const int64_t end = rank + 1 == size ? m : chunks * (rank + 1) / size * TOKENS;
+  run_rows(w, v, mode, a, 0, 1, 1, x + begin * w->k * size_of(dtype), dtype, end - begin,
+           y + begin * w->n * size_of(y_dtype), y_dtype);
 }
 
 /* y [m, n] = x [m, k] @ W_hat.T, both contiguous. 0, or 1 when memory is short. */
 EXPORT int pbq_matmul(const Weight *w, int mode, const void *x, int dtype, int64_t m, void *y,
                       int y_dtype, int threads) {
   const Variant *v = variant(w->variant);
-  const int64_t tokens = m < TOKENS ? 1 : TOKENS;
-  const int64_t words = tokens * w->words, groups = tokens * w->groups;
-  const int64_t table = mode == EXACT ? words * v->lookups * v->entries : 0;
-  char *scratch = aligned_alloc(64, (size_t)(words * WORD * 5 + table * 4 + groups * 12 + 6 * 64 + 63) / 64 * 64);
-  if (!scratch) return 1;
-  char *next = scratch;
-  Activations a = {0};
-  a.table = carve(&next, table * 4);
-  a.x = carve(&next, words * WORD * 4);
-  a.q = carve(&next, words * WORD);
-  a.sum = carve(&next, groups * 4);
-  a.q_scale = carve(&next, groups * 4);
-  a.q_sum = carve(&next, groups * 4);
-  (void)threads; /* without OpenMP */
-#ifdef _OPENMP
-  if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-    run_thread(w, v, mode, a, omp_get_thread_num(), omp_get_num_threads(), x, dtype, m, y, y_dtype);
-    free(scratch);
-    return 0;
-  }
+  Activations a;
+  const int64_t scratch_size = lay_out(&a, w, v, mode, m, 0);
+#ifndef _OPENMP
+  threads = 1;
 #endif
-  run_thread(w, v, mode, a, 0, 1, x, dtype, m, y, y_dtype);
+  char *scratch = aligned_alloc(64, (size_t)(scratch_size * threads));
+  if (!scratch) return 1;
+  if (threads == 1)
+    run_thread(w, v, mode, scratch, scratch_size, 0, 1, x, dtype, m, y, y_dtype);
+#ifdef _OPENMP
+  else
+#pragma omp parallel num_threads(threads)
+    run_thread(w, v, mode, scratch, scratch_size, omp_get_thread_num(), omp_get_num_threads(), x,
+               dtype, m, y, y_dtype);
+#endif
   free(scratch);
   return 0;
 }

@@ -119,8 +119,8 @@ int main(void) {
       {{5, 1, 1, 0, 0}, {8, 33, 33, 1, 1}},
   };
   static const int COUNTS[] = {1, 4, 2};
-  static const int64_t ROWS[] = {1, 33, 130}, TOKENS_OF[] = {1, 3, 5};
-  static float y[5 * 130], expected[5 * 130];
+  static const int64_t ROWS[] = {1, 33, 130}, TOKENS_OF[] = {1, 3, 37};
+  static float y[37 * 130], expected[37 * 130];
   int checked = 0, portable = 0;
   while (pbq_variant_name(portable + 1)) portable++;
   for (int i = 0; i < 3 * 3 * 3 * 2 * 3; i++) {

@@ -211,15 +211,16 @@ def test_neither_threads_nor_neighbours_change_a_bit(
     n, k = 1090, 577
     pw = random_packed(n, k, (Tier(1, 400), Tier(2, 177, offset=True, group_size=50)), overlay=0.01)
     backend = CpuBackend("cpu", mode, variant)
-    x = random_x(7, k)
+    x = random_x(50, k)
     torch.set_num_threads(1)
     weight = backend.prepare(pw)
     alone = torch.cat([backend.matmul(row, weight) for row in x.split(1)])
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
         weight = backend.prepare(pw)
-        for _ in range(3):
-            assert torch.equal(backend.matmul(x, weight), alone), threads
+        # rows, rows with a shared preparation (5 threads), and tokens (m=50) are shared out
+        for m in (1, 2, 7, 50, 7):
+            assert torch.equal(backend.matmul(x[:m], weight), alone[:m]), (threads, m)
 
 
 def test_repeated_rows_of_many_threads_agree(random_packed: RandomPacked) -> None:
