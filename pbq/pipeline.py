@@ -30,7 +30,6 @@ from pbq.evaluate import (
     WINDOW,
     Perplexity,
     TokenizedText,
-    check_window,
     perplexity,
     tokenize_file,
 )
@@ -140,9 +139,14 @@ def quantize(
 def _text(model: Any, tokenizer: Any, path: Path, windows: int | None) -> TokenizedText:
     """The text to be scored; whatever `perplexity` would refuse about it is refused here."""
     text = tokenize_file(tokenizer, path)
-    check_window(model.config, WINDOW)
-    text.count_windows(max_windows=windows)
+    text.count_windows(_window(model), windows)
     return text
+
+
+def _window(model: Any) -> int:
+    """Tokens in a window: 2048 as in the papers, fewer in a model of fewer positions."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(WINDOW, positions or WINDOW)
 
 
 @contextmanager
@@ -226,15 +230,18 @@ class _Run:
 
     def perplexity(self, work: Work | None, text: TokenizedText, windows: int | None) -> Perplexity:
         """Before (kept in `work`, so that a resumed run need not measure again) or after."""
+        window = _window(self.model)
         if work is not None and work.has("perplexity"):
             kept = Perplexity(**work.load("perplexity")[1])
             # the text is no part of the run's fingerprint: another may be given when resuming
-            if (kept.sha256, kept.windows) == (text.sha256, text.count_windows(WINDOW, windows)):
+            if (kept.sha256, kept.windows) == (text.sha256, text.count_windows(window, windows)):
                 return kept
         name = "after" if work is None else "before"
         self.observer.stage(f"perplexity {name}", None)
         with self.report.timed("perplexity"):
-            found = perplexity(self.model, text, max_windows=windows, progress=self.observer.step)
+            found = perplexity(
+                self.model, text, window=window, max_windows=windows, progress=self.observer.step
+            )
         if work is not None:
             work.save("perplexity", {}, dataclasses.asdict(found))
         return found
@@ -298,6 +305,8 @@ class _Run:
         linears = self.linears()
         if work.has("distillation"):
             tensors, meta = work.load("distillation")
+            device = next(self.model.parameters()).device
+            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         else:
             self.observer.stage("distillation", settings.steps)
             with self.report.timed("distillation"):

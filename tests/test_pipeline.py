@@ -347,7 +347,6 @@ def test_a_text_that_cannot_be_scored_is_refused_before_the_work(
     tiny_checkpoint: Callable[[str], Path],
     long_model: Path,
     config: QuantConfig,
-    text: Path,
     tmp_path: Path,
 ) -> None:
     short, out = tmp_path / "short.txt", tmp_path / "out"
@@ -355,13 +354,22 @@ def test_a_text_that_cannot_be_scored_is_refused_before_the_work(
     cases: list[tuple[Path, Path, type[PbqError], str]] = [
         (long_model, short, DataError, r"short\.txt: 11 tokens, and one window needs 2048"),
         (long_model, tmp_path / "absent.txt", DataError, r"absent\.txt: cannot be read"),
-        (tiny_checkpoint("llama"), text, UsageError, "longer than the model's 64 positions"),
+        (tiny_checkpoint("llama"), short, DataError, "one window needs 64"),
     ]
     for source, file, kind, message in cases:
         observer = Recorder()
         with pytest.raises(kind, match=message):
             quantized(source, out, config, ppl_text=file, observer=observer)
         assert observer.of("stage") == ["load the model"] and nothing_at(out)
+
+
+def test_a_model_of_few_positions_is_scored_in_windows_of_as_many(
+    tiny_checkpoint: Callable[[str], Path], config: QuantConfig, text: Path, tmp_path: Path
+) -> None:
+    done = quantized(tiny_checkpoint("gpt2"), tmp_path / "out", config, ppl_text=text)
+    assert done.report.before and done.report.before.window == 64
+    assert done.report.after and done.report.after.windows == 40
+    assert "64 tokens)" in (done.out / "README.md").read_text()
 
 
 def test_a_resumed_run_measures_another_text_anew(
