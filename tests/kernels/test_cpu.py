@@ -186,7 +186,9 @@ def test_any_tiers(random_packed: RandomPacked, n: int, tiers: list[Tier], m: in
     for name in variants(load_library(cpu.LIBRARY)):
         backend = CpuBackend("cpu", variant=name)
         y = backend.matmul(x, backend.prepare(pw))
-        assert relative_error(y, x.double() @ dequantize(pw).double().T) < 1e-6, name
+        # one output may cancel to nothing, so the error is measured by what was added up
+        error = (y.double() - x.double() @ dequantize(pw).double().T).abs()
+        assert (error <= 1e-6 * x.abs().sum(1, keepdim=True)).all(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
