@@ -155,7 +155,7 @@ def sample_from_model(
     seqlen: int,
     seed: int,
     progress: Progress | None = None,
-    batch: int = 32,
+    batch: int = 64,
 ) -> Tensor:
     """Text the model writes by itself: random first token, four greedy ones, then sampling.
 
