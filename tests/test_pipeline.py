@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,9 @@ from pbq.errors import (
     UsageError,
 )
 from pbq.hf import packed_linears
+from pbq.methods import ptq161
 from pbq.report import RunReport
+from pbq.tune import Distillation
 
 WORDS = ("the quick brown fox jumps over the lazy dog while seven wizards box " * 2).split()
 
@@ -82,10 +84,16 @@ def config(text: Path) -> QuantConfig:
     return QuantConfig(bits=2.5, calib=str(text), nsamples=4, seqlen=16)
 
 
-def asking(config: QuantConfig, method: str) -> QuantConfig:
-    """The default effort of ptq161 is to tune; waterfill's least is to distil for 60 steps."""
-    effort = "default" if method == "ptq161" else "fast"
-    return dataclasses.replace(config, method=method, effort=effort)
+@pytest.fixture(scope="module", autouse=True)
+def tuning_and_distillation() -> Iterator[None]:
+    """ptq161 tunes every block for an epoch, waterfill distils for 8 steps, whatever is default."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ptq161.EPOCHS, "default", 1.0)
+        real = Distillation.__init__
+        patch.setattr(
+            Distillation, "__init__", lambda self, *, steps, **rates: real(self, steps=8, **rates)
+        )
+        yield
 
 
 @dataclass
@@ -245,7 +253,7 @@ def test_the_observer_is_told_and_closed(finish: Finish) -> None:
     assert stages[0] == "load the model" and stages[-2:] == ["blocks", "write"]
     lines = observer.of("line")
     assert [line.split()[0] for line in lines] == [f"model.layers.{i}" for i in range(3)]
-    assert all("block loss" in line and "bits" in line for line in lines)
+    assert all("layer error" in line and "block loss" in line for line in lines)
     assert observer.closed >= 1
 
 
@@ -409,7 +417,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
     whole: Callable[[str], Finished],
 ) -> None:
     source, out = tiny_checkpoint("llama"), tmp_path / "out"
-    config = asking(config, method)
+    config = dataclasses.replace(config, method=method)
     stopping = Recorder(lambda kind, what: kind == where[0] and str(what).startswith(where[1]))
     with pytest.raises(KeyboardInterrupt):
         quantized(source, out, config, observer=stopping)
@@ -437,7 +445,9 @@ def whole(
     def once(method: str) -> Finished:
         if method not in done:
             out = tmp_path_factory.mktemp(method) / "out"
-            done[method] = quantized(tiny_checkpoint("llama"), out, asking(config, method))
+            done[method] = quantized(
+                tiny_checkpoint("llama"), out, dataclasses.replace(config, method=method)
+            )
         return done[method]
 
     return once
