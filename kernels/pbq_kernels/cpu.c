@@ -308,25 +308,25 @@ INLINE void decode_row(const Weight *w, int64_t row, int dtype, void *out, LookU
   }
 }
 
-#define DEFINE_STORE_ROWS(SUFFIX, TARGET)                                                       \
-  static TARGET void store_rows_##SUFFIX(const float *from, int64_t count, int dtype, void *to, \
-                                         int64_t at) {                                          \
-    if (dtype == FLOAT32)                                                                       \
-      store_many(from, count, FLOAT32, to, at);                                                 \
-    else if (dtype == BFLOAT16)                                                                 \
-      store_many(from, count, BFLOAT16, to, at);                                                \
-    else                                                                                        \
-      store_many(from, count, FLOAT16, to, at);                                                 \
+#define DEFINE_STORE_ROWS(SUFFIX, TARGET)                                                        \
+  static TARGET void store_rows_##SUFFIX(const float *from, int64_t count, int dtype, void *to,  \
+                                         int64_t at) {                                           \
+    if (dtype == FLOAT32)                                                                        \
+      store_many(from, count, FLOAT32, to, at);                                                  \
+    else if (dtype == BFLOAT16)                                                                  \
+      store_many(from, count, BFLOAT16, to, at);                                                 \
+    else                                                                                         \
+      store_many(from, count, FLOAT16, to, at);                                                  \
   }
 
-#define DEFINE_DECODE_ROW(SUFFIX, TARGET)                                                    \
-  static TARGET void decode_row_##SUFFIX(const Weight *w, int64_t row, int dtype, void *out) { \
-    if (dtype == FLOAT32)                                                                    \
-      decode_row(w, row, FLOAT32, out, look_up_##SUFFIX);                                    \
-    else if (dtype == BFLOAT16)                                                              \
-      decode_row(w, row, BFLOAT16, out, look_up_##SUFFIX);                                   \
-    else                                                                                     \
-      decode_row(w, row, FLOAT16, out, look_up_##SUFFIX);                                    \
+#define DEFINE_DECODE_ROW(SUFFIX, TARGET)                                                       \
+  static TARGET void decode_row_##SUFFIX(const Weight *w, int64_t row, int dtype, void *out) {  \
+    if (dtype == FLOAT32)                                                                       \
+      decode_row(w, row, FLOAT32, out, look_up_##SUFFIX);                                       \
+    else if (dtype == BFLOAT16)                                                                 \
+      decode_row(w, row, BFLOAT16, out, look_up_##SUFFIX);                                      \
+    else                                                                                        \
+      decode_row(w, row, FLOAT16, out, look_up_##SUFFIX);                                       \
   }
 
 DEFINE_STORE_ROWS(portable, )
@@ -367,7 +367,8 @@ INLINE AVX2 __m256i code_avx2(__m256i word, int s) {
   return s % 5 ? _mm256_mulhi_epu16(half, _mm256_set1_epi16((short)(1 << (16 - 3 * (s % 5))))) : half;
 }
 
-INLINE AVX2 void lookup_avx2(const int T, const int R, const uint32_t *data, const float *table, int lookups, __m256 acc[2][4][4]) {
+INLINE AVX2 void lookup_avx2(const int T, const int R, const uint32_t *data, const float *table,
+                             int lookups, __m256 acc[2][4][4]) {
 #pragma GCC unroll 10
   for (int s = 0; s < AVX2_LOOKUPS; s++) {
     if (s >= lookups) break;
@@ -551,7 +552,7 @@ static const Variant VARIANT_AVX2 = {
 /* --- AVX-512: 16 rows a register, 16-entry tables of 4 columns -------------------------------- */
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
-#define VNNI \
+#define VNNI  \
   __attribute__((target("avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 
 INLINE AVX512 __m512 scales_avx512(const uint16_t *scale) {
@@ -580,7 +581,8 @@ INLINE AVX512 __m512i code_avx512(__m512i word, int s) {
   return s % 4 ? _mm512_mulhi_epu16(half, _mm512_set1_epi16((short)(1 << (16 - 4 * (s % 4))))) : half;
 }
 
-INLINE AVX512 void lookup_avx512(const int T, const int R, const uint32_t *data, const float *table, int lookups, __m512 acc[4][4]) {
+INLINE AVX512 void lookup_avx512(const int T, const int R, const uint32_t *data, const float *table,
+                                 int lookups, __m512 acc[4][4]) {
   __m512i word[4];
   for (int r = 0; r < R; r++) word[r] = _mm512_loadu_si512(data + 16 * r);
 #pragma GCC unroll 8
@@ -663,8 +665,8 @@ INLINE AVX512 __m512i four_columns(const int8_t *q) {
  * Several: each bit is moved to the bottom once and serves all T tokens. The sums are the same
  * integers. */
 #define DEFINE_INT8_AVX512(SUFFIX, TARGET, DOT)                                                    \
-  INLINE TARGET void int8_one_##SUFFIX(const int R, const uint32_t *data, int stride, int words,  \
-                                       const int8_t *q, __m512i *sum) {                           \
+  INLINE TARGET void int8_one_##SUFFIX(const int R, const uint32_t *data, int stride, int words,   \
+                                       const int8_t *q, __m512i *sum) {                            \
     const __m512i bit = _mm512_set1_epi8(1);                                                       \
     __m512i acc[4][4];                                                                             \
     for (int r = 0; r < R; r++)                                                                    \
@@ -676,8 +678,10 @@ INLINE AVX512 __m512i four_columns(const int8_t *q) {
         _Pragma("GCC unroll 4") for (int j = 0; j < 4; j++) {                                      \
           const __m512i mask = _mm512_slli_epi32(bit, j);                                          \
           const __m512i x = four_columns(q + 16 * half + 4 * j);                                   \
-          for (int r = 0; r < R; r++)                                                              \
-            { acc[r][j] = DOT(acc[r][j], _mm512_and_si512(bits[r], mask), x); IN_ORDER(acc[r][j]); } \
+          for (int r = 0; r < R; r++) { \
+            acc[r][j] = DOT(acc[r][j], _mm512_and_si512(bits[r], mask), x); \
+            IN_ORDER(acc[r][j]); \
+          } \
         }                                                                                          \
         if (!half)                                                                                 \
           for (int r = 0; r < R; r++) bits[r] = _mm512_srli_epi32(bits[r], 4);                     \
@@ -709,13 +713,13 @@ INLINE AVX512 __m512i four_columns(const int8_t *q) {
   }                                                                                                \
                                                                                                    \
   INLINE TARGET void int8_rows_##SUFFIX(const int T, const int R, const Weight *w,                 \
-                                        const Activations *a, int64_t tile, int first, float *y) {                                                \
+                                        const Activations *a, int64_t tile, int first, float *y) { \
     const int64_t token_q = (int64_t)w->words * WORD;                                              \
     __m512 total[16];                                                                              \
     for (int i = 0; i < T * R; i++) total[i] = _mm512_setzero_ps();                                \
     for (int i = 0; i < w->groups; i++) {                                                          \
       const Group *g = w->group + i;                                                               \
-      const int8_t *q = a->q + (int64_t)g->first_word * WORD;                    \
+      const int8_t *q = a->q + (int64_t)g->first_word * WORD;                                      \
       for (int p = 0; p < g->planes; p++) {                                                        \
         const uint32_t *data = plane_words(w, tile, g, p) + first;                                 \
         __m512i sum[16];                                                                           \
@@ -724,7 +728,7 @@ INLINE AVX512 __m512i four_columns(const int8_t *q) {
         else                                                                                       \
           int8_many_##SUFFIX(T, R, data, w->tile, g->words, q, token_q, sum);                      \
         for (int t = 0; t < T; t++) {                                                              \
-          const int at = t * w->groups + i;                                              \
+          const int at = t * w->groups + i;                                                        \
           const __m512 factor = _mm512_set1_ps(plane_factor(g, p) * a->q_scale[at]);               \
           const __m512i q_sum = _mm512_set1_epi32(a->q_sum[at]);                                   \
           for (int r = 0; r < R; r++) {                                                            \
@@ -738,7 +742,7 @@ INLINE AVX512 __m512i four_columns(const int8_t *q) {
       }                                                                                            \
       if (g->offset >= 0)                                                                          \
         for (int t = 0; t < T; t++) {                                                              \
-          const __m512 x = _mm512_set1_ps(a->sum[t * w->groups + i]);                    \
+          const __m512 x = _mm512_set1_ps(a->sum[t * w->groups + i]);                              \
           for (int r = 0; r < R; r++)                                                              \
             total[t * R + r] = _mm512_fmadd_ps(                                                    \
                 scales_avx512(scales_of(w, tile, g->offset) + first + 16 * r), x,                  \
@@ -747,24 +751,25 @@ INLINE AVX512 __m512i four_columns(const int8_t *q) {
     }                                                                                              \
     for (int t = 0; t < T; t++)                                                                    \
       for (int r = 0; r < R; r++)                                                                  \
-        _mm512_storeu_ps(y + t * w->tile + first + 16 * r, total[t * R + r]);            \
+        _mm512_storeu_ps(y + t * w->tile + first + 16 * r, total[t * R + r]);                      \
   }                                                                                                \
                                                                                                    \
   static TARGET void int8_tile_##SUFFIX(const Weight *w, const Activations *a, int64_t tile,       \
                                         float *y) {                                                \
-    if (a->tokens == TOKENS) \
-      for (int first = 0; first < w->tile; first += 32) \
-        int8_rows_##SUFFIX(TOKENS, 2, w, a, tile, first, y); \
-    else if (w->tile == 64) \
-      int8_rows_##SUFFIX(1, 4, w, a, tile, 0, y); \
-    else \
-      int8_rows_##SUFFIX(1, 2, w, a, tile, 0, y); \
+    if (a->tokens == TOKENS)                                                                       \
+      for (int first = 0; first < w->tile; first += 32)                                            \
+        int8_rows_##SUFFIX(TOKENS, 2, w, a, tile, first, y);                                       \
+    else if (w->tile == 64)                                                                        \
+      int8_rows_##SUFFIX(1, 4, w, a, tile, 0, y);                                                  \
+    else                                                                                           \
+      int8_rows_##SUFFIX(1, 2, w, a, tile, 0, y);                                                  \
   }
 
 DEFINE_INT8_AVX512(vnni, VNNI, dot_vnni)
 DEFINE_INT8_AVX512(avx512, AVX512, dot_maddubs)
 
-INLINE AVX512 void look_up_generic_avx512(const float *value, const uint32_t *bits, int planes, float *out) {
+INLINE AVX512 void look_up_generic_avx512(const float *value, const uint32_t *bits, int planes,
+                                          float *out) {
   for (int c = 0; c < WORD; c += 16) {
     __m512i code = _mm512_setzero_si512();
     for (int p = 0; p < planes; p++) {
@@ -842,8 +847,8 @@ static const Variant *variant(int index) {
   int count = 0;
 #ifdef __x86_64__
   __builtin_cpu_init();
-  const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                   __builtin_cpu_supports("f16c");
+  /* F16C is older than AVX2; compilers before gcc 11 cannot ask for it. */
+  const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const int avx512 = avx2 && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512 && __builtin_cpu_supports("avx512vnni")) found[count++] = &VARIANT_VNNI;
@@ -946,7 +951,8 @@ static void prepare_group(const Weight *w, const Variant *v, int mode, const Act
 
 static void tabulate_part(const Weight *w, const Variant *v, const Activations *a, int token, int rank,
                           int size) {
-  const int begin = (int)((int64_t)w->words * rank / size), end = (int)((int64_t)w->words * (rank + 1) / size);
+  const int begin = (int)((int64_t)w->words * rank / size);
+  const int end = (int)((int64_t)w->words * (rank + 1) / size);
   const int64_t first = (int64_t)token * w->words + begin;
   float *table = a->table + ((int64_t)begin * v->lookups * a->tokens + token) * v->entries;
   v->tabulate(a->x + first * WORD, end - begin, table, a->tokens);

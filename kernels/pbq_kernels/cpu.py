@@ -203,7 +203,7 @@ def repack(pw: PackedWeight, library: ctypes.CDLL, variant: int) -> CpuWeight:
     layout, tensors = pw.layout, pw.tensors
     check_tensors(layout, tensors, values=True)
     columns_per_word = library.pbq_variant_word_columns(variant)
-    tile = 64 if layout.n >= 1024 else 32
+    tile = 64 if layout.n > 32 else 32
     groups = _groups(layout, columns_per_word)
     array = (_Group * len(groups))(*groups)
     column, column_scale = _positions(pw, groups, columns_per_word)
