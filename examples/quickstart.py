@@ -51,7 +51,8 @@ def main(out: Path) -> None:
     rows["all in all"] = f"{time.monotonic() - started:.0f} seconds"
     console.table(rows, title=str(out))
     print(f"\n{out} writes: {PROMPT}", end="", flush=True)
-    stream_text(str(out), PROMPT, max_new_tokens=24)
+    # sampled: greedy decoding of a model this far compressed soon repeats itself
+    stream_text(str(out), PROMPT, max_new_tokens=32, temperature=0.8, top_p=0.9)
     print(
         f"\nNext: pbq generate {out} --prompt ...   pbq inspect {out}   pbq eval {out} --ppl FILE"
     )
