@@ -33,7 +33,7 @@
 /* Keeps the compiler from moving an addition behind other lookups, which would spill registers:
  * a quarter of the speed with four tokens. */
 #define IN_ORDER(accumulator) __asm__("" : "+v"(accumulator))
-#define WORD 32 /* positions of x kept for one weight word; AVX2 leaves the last two empty */
+#define WORD 32  /* positions of x kept for one weight word; AVX2 leaves the last two empty */
 #define TOKENS 4 /* multiplied at once, while so many are left */
 #define MAX_TILE 64
 
@@ -72,12 +72,12 @@ typedef struct {
 /* One token, or TOKENS of them, in the form the tile kernels read. */
 typedef struct {
   int tokens;
-  float *x;         /* [tokens][words * WORD], zero at padding */
-  float *sum;       /* [tokens][groups]: sum of x, for the offsets */
-  float *table;     /* exact: [words][lookups][tokens][entries] */
-  int8_t *q;        /* int8: [tokens][words * WORD], column c of a word at 4 * (c % 8) + c / 8 */
-  float *q_scale;   /* int8: [tokens][groups] */
-  int32_t *q_sum;   /* int8: [tokens][groups] */
+  float *x;       /* [tokens][words * WORD], zero at padding */
+  float *sum;     /* [tokens][groups]: sum of x, for the offsets */
+  float *table;   /* exact: [words][lookups][tokens][entries] */
+  int8_t *q;      /* int8: [tokens][words * WORD], column c of a word at 4 * (c % 8) + c / 8 */
+  float *q_scale; /* int8: [tokens][groups] */
+  int32_t *q_sum; /* int8: [tokens][groups] */
 } Activations;
 
 typedef struct {
@@ -113,7 +113,8 @@ INLINE float half_to_float(uint16_t h) {
 }
 
 INLINE uint16_t float_to_half(float value) {
-  const uint32_t bits = bits_of_float(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  const uint32_t bits = bits_of_float(value), sign = bits >> 16 & 0x8000,
+                 magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return (uint16_t)(sign | 0x7e00);
   if (magnitude >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
   if (magnitude < 0x38800000) /* subnormal: adding 1/2 makes the FPU round at 2**-24 */
@@ -142,7 +143,9 @@ INLINE void store(void *y, int64_t i, int dtype, float value) {
     ((uint16_t *)y)[i] = dtype == BFLOAT16 ? float_to_bfloat(value) : float_to_half(value);
 }
 
-INLINE float plane_factor(const Group *g, int plane) { return g->tied ? (float)(1 << plane) : 1.0f; }
+INLINE float plane_factor(const Group *g, int plane) {
+  return g->tied ? (float)(1 << plane) : 1.0f;
+}
 
 INLINE int scale_slot(const Group *g, int plane) { return g->tied ? g->scale : g->scale + plane; }
 
@@ -269,7 +272,8 @@ INLINE void store_many(const float *from, int64_t count, int dtype, void *to, in
     store_word(from + i, count - i < WORD ? (int)(count - i) : WORD, dtype, to, at + i);
 }
 
-/* value[code] of one row and group: offset + the planes in order, in fp32 as reference.dequantize. */
+/* value[code] of one row and group: offset + the planes in order, in fp32 as reference.dequantize.
+ */
 INLINE void code_values(const Weight *w, const Group *g, int64_t tile, int64_t lane, float *value) {
   value[0] = g->offset < 0 ? 0.0f : half_to_float(scales_of(w, tile, g->offset)[lane]);
   for (int p = 0; p < g->planes; p++) {
@@ -308,33 +312,40 @@ INLINE void decode_row(const Weight *w, int64_t row, int dtype, void *out, LookU
   }
 }
 
-#define DEFINE_STORE_ROWS(SUFFIX, TARGET)                                                        \
-  static TARGET void store_rows_##SUFFIX(const float *from, int64_t count, int dtype, void *to,  \
-                                         int64_t at) {                                           \
-    if (dtype == FLOAT32)                                                                        \
-      store_many(from, count, FLOAT32, to, at);                                                  \
-    else if (dtype == BFLOAT16)                                                                  \
-      store_many(from, count, BFLOAT16, to, at);                                                 \
-    else                                                                                         \
-      store_many(from, count, FLOAT16, to, at);                                                  \
+#define DEFINE_STORE_ROWS(SUFFIX, TARGET)                                                       \
+  static TARGET void store_rows_##SUFFIX(const float *from, int64_t count, int dtype, void *to, \
+                                         int64_t at) {                                          \
+    if (dtype == FLOAT32)                                                                       \
+      store_many(from, count, FLOAT32, to, at);                                                 \
+    else if (dtype == BFLOAT16)                                                                 \
+      store_many(from, count, BFLOAT16, to, at);                                                \
+    else                                                                                        \
+      store_many(from, count, FLOAT16, to, at);                                                 \
   }
 
-#define DEFINE_DECODE_ROW(SUFFIX, TARGET)                                                       \
-  static TARGET void decode_row_##SUFFIX(const Weight *w, int64_t row, int dtype, void *out) {  \
-    if (dtype == FLOAT32)                                                                       \
-      decode_row(w, row, FLOAT32, out, look_up_##SUFFIX);                                       \
-    else if (dtype == BFLOAT16)                                                                 \
-      decode_row(w, row, BFLOAT16, out, look_up_##SUFFIX);                                      \
-    else                                                                                        \
-      decode_row(w, row, FLOAT16, out, look_up_##SUFFIX);                                       \
+#define DEFINE_DECODE_ROW(SUFFIX, TARGET)                                                      \
+  static TARGET void decode_row_##SUFFIX(const Weight *w, int64_t row, int dtype, void *out) { \
+    if (dtype == FLOAT32)                                                                      \
+      decode_row(w, row, FLOAT32, out, look_up_##SUFFIX);                                      \
+    else if (dtype == BFLOAT16)                                                                \
+      decode_row(w, row, BFLOAT16, out, look_up_##SUFFIX);                                     \
+    else                                                                                       \
+      decode_row(w, row, FLOAT16, out, look_up_##SUFFIX);                                      \
   }
 
 DEFINE_STORE_ROWS(portable, )
 DEFINE_DECODE_ROW(portable, )
 
-static const Variant PORTABLE = {
-    "portable",        WORD, LOOKUPS, 16, tabulate_portable, exact_tile_portable, quantize_portable,
-    int8_tile_portable, store_rows_portable, decode_row_portable};
+static const Variant PORTABLE = {"portable",
+                                 WORD,
+                                 LOOKUPS,
+                                 16,
+                                 tabulate_portable,
+                                 exact_tile_portable,
+                                 quantize_portable,
+                                 int8_tile_portable,
+                                 store_rows_portable,
+                                 decode_row_portable};
 
 #ifdef __x86_64__
 
@@ -364,7 +375,8 @@ static AVX2 void tabulate_avx2(const float *x, int words, float *table, int toke
  * shifts share their execution ports with the permutes; what stands above the 3 bits is ignored. */
 INLINE AVX2 __m256i code_avx2(__m256i word, int s) {
   const __m256i half = s < 5 ? word : _mm256_srli_epi32(word, 15);
-  return s % 5 ? _mm256_mulhi_epu16(half, _mm256_set1_epi16((short)(1 << (16 - 3 * (s % 5))))) : half;
+  return s % 5 ? _mm256_mulhi_epu16(half, _mm256_set1_epi16((short)(1 << (16 - 3 * (s % 5)))))
+               : half;
 }
 
 INLINE AVX2 void lookup_avx2(const int T, const int R, const uint32_t *data, const float *table,
@@ -403,8 +415,8 @@ INLINE AVX2 void exact_rows_avx2(const int T, const int R, const Weight *w, cons
       lookup_avx2(T, R, data, table, last_lookups(g, 3 * AVX2_LOOKUPS, 3), acc);
       const __m256 factor = _mm256_set1_ps(plane_factor(g, p));
       for (int r = 0; r < R; r++) {
-        const __m256 s =
-            _mm256_mul_ps(scales_avx2(scales_of(w, tile, scale_slot(g, p)) + first + 8 * r), factor);
+        const __m256 s = _mm256_mul_ps(
+            scales_avx2(scales_of(w, tile, scale_slot(g, p)) + first + 8 * r), factor);
         for (int t = 0; t < T; t++)
           total[t][r] = _mm256_fmadd_ps(s, _mm256_add_ps(acc[0][t][r], acc[1][t][r]), total[t][r]);
       }
@@ -413,13 +425,12 @@ INLINE AVX2 void exact_rows_avx2(const int T, const int R, const Weight *w, cons
       for (int r = 0; r < R; r++) {
         const __m256 offset = scales_avx2(scales_of(w, tile, g->offset) + first + 8 * r);
         for (int t = 0; t < T; t++)
-          total[t][r] = _mm256_fmadd_ps(
-              offset, _mm256_set1_ps(a->sum[t * w->groups + i]), total[t][r]);
+          total[t][r] =
+              _mm256_fmadd_ps(offset, _mm256_set1_ps(a->sum[t * w->groups + i]), total[t][r]);
       }
   }
   for (int t = 0; t < T; t++)
-    for (int r = 0; r < R; r++)
-      _mm256_storeu_ps(y + t * w->tile + first + 8 * r, total[t][r]);
+    for (int r = 0; r < R; r++) _mm256_storeu_ps(y + t * w->tile + first + 8 * r, total[t][r]);
 }
 
 static AVX2 void exact_tile_avx2(const Weight *w, const Activations *a, int64_t tile, float *y) {
@@ -427,8 +438,7 @@ static AVX2 void exact_tile_avx2(const Weight *w, const Activations *a, int64_t 
     for (int first = 0; first < w->tile; first += 8)
       exact_rows_avx2(TOKENS, 1, w, a, tile, first, y);
   else
-    for (int first = 0; first < w->tile; first += 32)
-      exact_rows_avx2(1, 4, w, a, tile, first, y);
+    for (int first = 0; first < w->tile; first += 32) exact_rows_avx2(1, 4, w, a, tile, first, y);
 }
 
 static AVX2 void quantize_avx2(const float *x, int words, int8_t *q, float *scale, int32_t *sum) {
@@ -444,8 +454,7 @@ static AVX2 void quantize_avx2(const float *x, int words, int8_t *q, float *scal
   for (int i = 0; i < 8; i++) largest = lanes[i] > largest ? lanes[i] : largest;
   if (_mm256_movemask_ps(strange)) largest = NAN;
   *scale = largest / 127.0f;
-  const __m256 inverse =
-      _mm256_set1_ps(largest > 0 && isfinite(largest) ? 127.0f / largest : 0.0f);
+  const __m256 inverse = _mm256_set1_ps(largest > 0 && isfinite(largest) ? 127.0f / largest : 0.0f);
   /* bytes c and 8 + c of each half beside each other, then the two halves */
   const __m256i pairs = _mm256_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15, 0, 8,
                                          1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
@@ -546,14 +555,14 @@ DEFINE_STORE_ROWS(avx2, AVX2)
 DEFINE_DECODE_ROW(avx2, AVX2)
 
 static const Variant VARIANT_AVX2 = {
-    "avx2",        3 * AVX2_LOOKUPS, AVX2_LOOKUPS, 8, tabulate_avx2, exact_tile_avx2, quantize_avx2,
-    int8_tile_avx2, store_rows_avx2, decode_row_avx2};
+    "avx2",          3 * AVX2_LOOKUPS, AVX2_LOOKUPS,  8,
+    tabulate_avx2,   exact_tile_avx2,  quantize_avx2, int8_tile_avx2,
+    store_rows_avx2, decode_row_avx2};
 
 /* --- AVX-512: 16 rows a register, 16-entry tables of 4 columns -------------------------------- */
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
-#define VNNI  \
-  __attribute__((target("avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#define VNNI __attribute__((target("avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 
 INLINE AVX512 __m512 scales_avx512(const uint16_t *scale) {
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)scale));
@@ -578,7 +587,8 @@ static AVX512 void tabulate_avx512(const float *x, int words, float *table, int 
 /* As code_avx2, for 4 bits. */
 INLINE AVX512 __m512i code_avx512(__m512i word, int s) {
   const __m512i half = s < 4 ? word : _mm512_srli_epi32(word, 16);
-  return s % 4 ? _mm512_mulhi_epu16(half, _mm512_set1_epi16((short)(1 << (16 - 4 * (s % 4))))) : half;
+  return s % 4 ? _mm512_mulhi_epu16(half, _mm512_set1_epi16((short)(1 << (16 - 4 * (s % 4)))))
+               : half;
 }
 
 INLINE AVX512 void lookup_avx512(const int T, const int R, const uint32_t *data, const float *table,
@@ -600,8 +610,8 @@ INLINE AVX512 void lookup_avx512(const int T, const int R, const uint32_t *data,
   }
 }
 
-INLINE AVX512 void exact_rows_avx512(const int T, const int R, const Weight *w, const Activations *a,
-                                     int64_t tile, int first, float *y) {
+INLINE AVX512 void exact_rows_avx512(const int T, const int R, const Weight *w,
+                                     const Activations *a, int64_t tile, int first, float *y) {
   __m512 total[4][4];
   for (int t = 0; t < T; t++)
     for (int r = 0; r < R; r++) total[t][r] = _mm512_setzero_ps();
@@ -627,16 +637,16 @@ INLINE AVX512 void exact_rows_avx512(const int T, const int R, const Weight *w, 
       for (int r = 0; r < R; r++) {
         const __m512 offset = scales_avx512(scales_of(w, tile, g->offset) + first + 16 * r);
         for (int t = 0; t < T; t++)
-          total[t][r] = _mm512_fmadd_ps(
-              offset, _mm512_set1_ps(a->sum[t * w->groups + i]), total[t][r]);
+          total[t][r] =
+              _mm512_fmadd_ps(offset, _mm512_set1_ps(a->sum[t * w->groups + i]), total[t][r]);
       }
   }
   for (int t = 0; t < T; t++)
-    for (int r = 0; r < R; r++)
-      _mm512_storeu_ps(y + t * w->tile + first + 16 * r, total[t][r]);
+    for (int r = 0; r < R; r++) _mm512_storeu_ps(y + t * w->tile + first + 16 * r, total[t][r]);
 }
 
-static AVX512 void exact_tile_avx512(const Weight *w, const Activations *a, int64_t tile, float *y) {
+static AVX512 void exact_tile_avx512(const Weight *w, const Activations *a, int64_t tile,
+                                     float *y) {
   if (a->tokens == TOKENS)
     for (int first = 0; first < w->tile; first += 32)
       exact_rows_avx512(TOKENS, 2, w, a, tile, first, y);
@@ -678,10 +688,10 @@ INLINE AVX512 __m512i four_columns(const int8_t *q) {
         _Pragma("GCC unroll 4") for (int j = 0; j < 4; j++) {                                      \
           const __m512i mask = _mm512_slli_epi32(bit, j);                                          \
           const __m512i x = four_columns(q + 16 * half + 4 * j);                                   \
-          for (int r = 0; r < R; r++) { \
-            acc[r][j] = DOT(acc[r][j], _mm512_and_si512(bits[r], mask), x); \
-            IN_ORDER(acc[r][j]); \
-          } \
+          for (int r = 0; r < R; r++) {                                                            \
+            acc[r][j] = DOT(acc[r][j], _mm512_and_si512(bits[r], mask), x);                        \
+            IN_ORDER(acc[r][j]);                                                                   \
+          }                                                                                        \
         }                                                                                          \
         if (!half)                                                                                 \
           for (int r = 0; r < R; r++) bits[r] = _mm512_srli_epi32(bits[r], 4);                     \
@@ -694,8 +704,8 @@ INLINE AVX512 __m512i four_columns(const int8_t *q) {
   }                                                                                                \
                                                                                                    \
   INLINE TARGET void int8_many_##SUFFIX(const int T, const int R, const uint32_t *data,            \
-                                        int stride, int words, const int8_t *q,                    \
-                                        int64_t token_q, __m512i *sum) {                           \
+                                        int stride, int words, const int8_t *q, int64_t token_q,   \
+                                        __m512i *sum) {                                            \
     const __m512i bit = _mm512_set1_epi8(1);                                                       \
     for (int i = 0; i < T * R; i++) sum[i] = _mm512_setzero_si512();                               \
     for (int word = 0; word < words; word++, data += stride, q += WORD) {                          \
@@ -732,8 +742,7 @@ INLINE AVX512 __m512i four_columns(const int8_t *q) {
           const __m512 factor = _mm512_set1_ps(plane_factor(g, p) * a->q_scale[at]);               \
           const __m512i q_sum = _mm512_set1_epi32(a->q_sum[at]);                                   \
           for (int r = 0; r < R; r++) {                                                            \
-            const __m512 s =                                                                       \
-                scales_avx512(scales_of(w, tile, scale_slot(g, p)) + first + 16 * r);              \
+            const __m512 s = scales_avx512(scales_of(w, tile, scale_slot(g, p)) + first + 16 * r); \
             const __m512i signs = _mm512_sub_epi32(_mm512_slli_epi32(sum[t * R + r], 1), q_sum);   \
             total[t * R + r] = _mm512_fmadd_ps(_mm512_mul_ps(s, factor),                           \
                                                _mm512_cvtepi32_ps(signs), total[t * R + r]);       \
@@ -744,9 +753,9 @@ INLINE AVX512 __m512i four_columns(const int8_t *q) {
         for (int t = 0; t < T; t++) {                                                              \
           const __m512 x = _mm512_set1_ps(a->sum[t * w->groups + i]);                              \
           for (int r = 0; r < R; r++)                                                              \
-            total[t * R + r] = _mm512_fmadd_ps(                                                    \
-                scales_avx512(scales_of(w, tile, g->offset) + first + 16 * r), x,                  \
-                total[t * R + r]);                                                                 \
+            total[t * R + r] =                                                                     \
+                _mm512_fmadd_ps(scales_avx512(scales_of(w, tile, g->offset) + first + 16 * r), x,  \
+                                total[t * R + r]);                                                 \
         }                                                                                          \
     }                                                                                              \
     for (int t = 0; t < T; t++)                                                                    \
@@ -786,8 +795,8 @@ DEFINE_STORE_ROWS(avx512, AVX512)
 DEFINE_DECODE_ROW(generic_avx512, AVX512)
 
 /* code_values for up to 4 planes, rounded to 16 bits. */
-INLINE AVX512 __m256i code_values_16_bits(const Weight *w, const Group *g, int64_t tile, int64_t lane,
-                                          int dtype) {
+INLINE AVX512 __m256i code_values_16_bits(const Weight *w, const Group *g, int64_t tile,
+                                          int64_t lane, int dtype) {
   const uint16_t *offset = g->offset < 0 ? NULL : scales_of(w, tile, g->offset) + lane;
   __m512 value = _mm512_set1_ps(offset ? half_to_float(*offset) : 0.0f);
   for (int p = 0; p < g->planes; p++) {
@@ -812,7 +821,8 @@ static AVX512 void decode_row_16_bits(const Weight *w, int64_t row, int dtype, u
     for (int left = g->columns; left > 0; left -= WORD, data += w->tile) {
       __m512i code = _mm512_setzero_si512();
       for (int p = 0; p < g->planes; p++)
-        code = _mm512_mask_add_epi16(code, data[p * plane], code, _mm512_set1_epi16((short)(1 << p)));
+        code =
+            _mm512_mask_add_epi16(code, data[p * plane], code, _mm512_set1_epi16((short)(1 << p)));
       const int count = left < WORD ? left : WORD;
       const __mmask32 kept = count < WORD ? (1u << count) - 1 : UINT32_MAX;
       _mm512_mask_storeu_epi16(out, kept, _mm512_permutexvar_epi16(code, values));
@@ -830,12 +840,16 @@ static AVX512 void decode_row_avx512(const Weight *w, int64_t row, int dtype, vo
     decode_row_generic_avx512(w, row, dtype, out);
 }
 
-static const Variant VARIANT_AVX512 = {
-    "avx512", WORD, LOOKUPS, 16, tabulate_avx512, exact_tile_avx512, quantize_avx2, int8_tile_avx512,
-    store_rows_avx512, decode_row_avx512};
-static const Variant VARIANT_VNNI = {
-    "avx512vnni", WORD, LOOKUPS, 16, tabulate_avx512, exact_tile_avx512, quantize_avx2, int8_tile_vnni,
-    store_rows_avx512, decode_row_avx512};
+static const Variant VARIANT_AVX512 = {"avx512",          WORD,
+                                       LOOKUPS,           16,
+                                       tabulate_avx512,   exact_tile_avx512,
+                                       quantize_avx2,     int8_tile_avx512,
+                                       store_rows_avx512, decode_row_avx512};
+static const Variant VARIANT_VNNI = {"avx512vnni",      WORD,
+                                     LOOKUPS,           16,
+                                     tabulate_avx512,   exact_tile_avx512,
+                                     quantize_avx2,     int8_tile_vnni,
+                                     store_rows_avx512, decode_row_avx512};
 
 #endif
 
@@ -897,9 +911,11 @@ EXPORT void pbq_repack(const Weight *w, const uint8_t *stored, uint32_t *out, in
       for (int p = 0; p < g->planes; p++)
         for (int word = 0; word < g->words; word++, to += w->tile) {
           const int begin = word * w->word_columns;
-          const int count = g->columns - begin < w->word_columns ? g->columns - begin : w->word_columns;
+          const int count =
+              g->columns - begin < w->word_columns ? g->columns - begin : w->word_columns;
           const int64_t first = g->bit + p * g->plane_bits + begin;
-          *to = row < w->n ? stored_bits(stored + row * w->row_bytes, w->row_bytes, first, count) : 0;
+          *to =
+              row < w->n ? stored_bits(stored + row * w->row_bytes, w->row_bytes, first, count) : 0;
         }
     }
   }
@@ -915,13 +931,14 @@ EXPORT void pbq_decode(const Weight *w, int64_t row, int64_t rows, int64_t colum
   for (int64_t i = 0; i < rows; i++) v->decode_row(w, row + i, dtype, (char *)out + i * row_size);
 }
 
-INLINE void gather_as(const int32_t *restrict column, const void *restrict x, int dtype, int64_t count,
-                      float *restrict to) {
+INLINE void gather_as(const int32_t *restrict column, const void *restrict x, int dtype,
+                      int64_t count, float *restrict to) {
   for (int64_t i = 0; i < count; i++) to[i] = column[i] < 0 ? 0.0f : load(x, column[i], dtype);
 }
 
 /* Positions [begin, end) of the tokens' x: stored order, fp32, padded, times the column scale. */
-static void gather(const Weight *w, const void *x, int dtype, int64_t begin, int64_t end, float *to) {
+static void gather(const Weight *w, const void *x, int dtype, int64_t begin, int64_t end,
+                   float *to) {
   if (dtype == FLOAT32)
     gather_as(w->column + begin, x, FLOAT32, end - begin, to + begin);
   else if (dtype == BFLOAT16)
@@ -939,8 +956,8 @@ static float group_sum(const Group *g, const float *x) {
   return (float)((part[0] + part[1]) + (part[2] + part[3]));
 }
 
-static void prepare_group(const Weight *w, const Variant *v, int mode, const Activations *a, int token,
-                          int i) {
+static void prepare_group(const Weight *w, const Variant *v, int mode, const Activations *a,
+                          int token, int i) {
   const Group *g = w->group + i;
   const int at = token * w->groups + i;
   const int64_t begin = ((int64_t)token * w->words + g->first_word) * WORD;
@@ -949,8 +966,8 @@ static void prepare_group(const Weight *w, const Variant *v, int mode, const Act
     v->quantize(a->x + begin, g->words, a->q + begin, a->q_scale + at, a->q_sum + at);
 }
 
-static void tabulate_part(const Weight *w, const Variant *v, const Activations *a, int token, int rank,
-                          int size) {
+static void tabulate_part(const Weight *w, const Variant *v, const Activations *a, int token,
+                          int rank, int size) {
   const int begin = (int)((int64_t)w->words * rank / size);
   const int end = (int)((int64_t)w->words * (rank + 1) / size);
   const int64_t first = (int64_t)token * w->words + begin;
@@ -1012,7 +1029,8 @@ static void run_rows(const Weight *w, const Variant *v, int mode, Activations a,
     if (shares > 1) {
 #pragma omp barrier
     }
-    run_tiles(w, v, mode, &a, rank, size, from, dtype, y + token * w->n * size_of(y_dtype), y_dtype);
+    run_tiles(w, v, mode, &a, rank, size, from, dtype, y + token * w->n * size_of(y_dtype),
+              y_dtype);
     if (shares > 1) {
 #pragma omp barrier
     }
@@ -1041,11 +1059,13 @@ static int64_t lay_out(Activations *a, const Weight *w, const Variant *v, int mo
 }
 
 /* A barrier waits for a thread that is not running, which on a busy machine takes milliseconds. So
- * many tokens are shared out instead of rows, and a few threads rather prepare x each for itself. */
+ * many tokens are shared out instead of rows, and a few threads rather prepare x each for itself.
+ */
 #define FEW_THREADS 4
 
-static void run_thread(const Weight *w, const Variant *v, int mode, char *scratch, int64_t scratch_size,
-                       int rank, int size, const char *x, int dtype, int64_t m, char *y, int y_dtype) {
+static void run_thread(const Weight *w, const Variant *v, int mode, char *scratch,
+                       int64_t scratch_size, int rank, int size, const char *x, int dtype,
+                       int64_t m, char *y, int y_dtype) {
   const int64_t chunks = m / TOKENS;
   const int share_tokens = chunks >= 4 * size, share_x = !share_tokens && size > FEW_THREADS;
   Activations a = {0};
@@ -1071,8 +1091,7 @@ EXPORT int pbq_matmul(const Weight *w, int mode, const void *x, int dtype, int64
 #endif
   char *scratch = aligned_alloc(64, (size_t)(scratch_size * threads));
   if (!scratch) return 1;
-  if (threads == 1)
-    run_thread(w, v, mode, scratch, scratch_size, 0, 1, x, dtype, m, y, y_dtype);
+  if (threads == 1) run_thread(w, v, mode, scratch, scratch_size, 0, 1, x, dtype, m, y, y_dtype);
 #ifdef _OPENMP
   else
 #pragma omp parallel num_threads(threads)

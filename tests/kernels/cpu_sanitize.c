@@ -43,7 +43,8 @@ static int add_groups(Weight *w, Group *groups, const Tier *tiers, int count) {
       g->offset = tiers[t].offset ? w->slots++ : -1;
       w->words += g->words;
       w->stream += g->planes * g->words;
-      if (left <= tiers[t].group_size) byte += ((int64_t)tiers[t].planes * tiers[t].columns + 7) / 8;
+      if (left <= tiers[t].group_size)
+        byte += ((int64_t)tiers[t].planes * tiers[t].columns + 7) / 8;
     }
   w->row_bytes = byte;
   return n;
@@ -101,8 +102,9 @@ static void run(int index, int64_t n, int64_t m, const Tier *tiers, int count, i
   char *dense = malloc(n * w.k * element);
   pbq_decode(&w, 0, n, w.k, dtype, dense, threads);
 
-  void *all[] = {(void *)w.group, stored, scale, x, out, overlay_start, overlay_column, overlay_delta,
-                 data, (void *)w.column, (void *)w.scale, (void *)w.data, dense};
+  void *all[] = {(void *)w.group, stored,         scale,         x,    out,
+                 overlay_start,   overlay_column, overlay_delta, data, (void *)w.column,
+                 (void *)w.scale, (void *)w.data, dense};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
