@@ -25,14 +25,15 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "examples"))
 RESULTS = HERE / "results" / "quality.json"
 LOAD = """
-import json, resource, sys, time
+import json, re, sys, time
 import pbq
 from transformers import AutoModelForCausalLM
 t = time.monotonic()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 seconds = time.monotonic() - t
-print(json.dumps({"seconds": seconds, "peak_bytes":
-    resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+# not ru_maxrss: a child inherits its parent's across fork and exec
+peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())
+print(json.dumps({"seconds": seconds, "peak_bytes": int(peak[1]) * 1024}))
 """
 
 
