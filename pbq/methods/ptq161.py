@@ -29,7 +29,8 @@ from pbq_kernels.layout import Tier, WeightLayout
 SALIENT_PLANES = 4
 PAPER_SHARE = 0.2
 # Compensation has met the block's output already: half an epoch lowers a block's loss by 0.3 % on
-# held-out rows for a third of the time, so the default leaves it out.
+# held-out rows and the perplexity from 159.8 to 152.2, for 1.4 times the time. The default stays
+# below ten minutes on two cores without it.
 EPOCHS = {"fast": 0.0, "default": 0.0, "best": 4.0}
 DISTILLATION_STEPS = {"fast": 0, "default": 0, "best": 400}
 
