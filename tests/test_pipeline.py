@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pbq import checkpoint, linear, pipeline, planning
+from pbq.blocks import BlockQuantizer, Streams
 from pbq.config import QuantConfig
 from pbq.errors import (
     DataError,
@@ -255,6 +256,34 @@ def test_the_observer_is_told_and_closed(finish: Finish) -> None:
     assert [line.split()[0] for line in lines] == [f"model.layers.{i}" for i in range(3)]
     assert all("layer error" in line and "block loss" in line for line in lines)
     assert observer.closed >= 1
+
+
+def test_one_stream_follows_the_original_model_and_one_the_quantized_one(
+    tiny_checkpoint: Callable[[str], Path],
+    config: QuantConfig,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+    real = BlockQuantizer.run
+
+    def run(self: BlockQuantizer, streams: Streams, plans: Any) -> Any:
+        seen.append((torch.cat(streams.fp), torch.cat(streams.quant)))
+        return real(self, streams, plans)
+
+    monkeypatch.setattr(BlockQuantizer, "run", run)
+    source = tiny_checkpoint("llama")
+    done = quantized(source, tmp_path / "out", config)
+    ids = AutoTokenizer.from_pretrained(source)(text.read_text(), return_tensors="pt").input_ids
+    rows = ids[0, : 4 * 16].view(4, 16)
+    for which, model in enumerate((AutoModelForCausalLM.from_pretrained(source), done.model)):
+        with torch.no_grad():
+            hidden = model(rows, use_cache=False, output_hidden_states=True).hidden_states
+        for i, streams in enumerate(seen):
+            assert (streams[which] - hidden[i]).norm() < 1e-4 * hidden[i].norm()
+    assert len(seen) == 3 and torch.equal(*seen[0])
+    assert all((fp - quant).norm() > 0.01 * fp.norm() for fp, quant in seen[1:])
 
 
 def test_a_model_in_bfloat16_stays_in_bfloat16(
