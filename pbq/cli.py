@@ -103,9 +103,10 @@ def quantize(
     from pbq import pipeline
 
     hush_libraries()
-    target = out or Path(
-        f"{Path(model).stem if model.endswith('.gguf') else Path(model).name}-pbq-{bits:g}"
-    )
+    # resolved: "." has no name of its own
+    source = Path(model).resolve()
+    name = source.stem if source.suffix == ".gguf" else source.name
+    target = out or Path(f"{name}-pbq-{bits:g}")
     result = pipeline.quantize(
         model,
         target,
