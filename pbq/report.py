@@ -7,19 +7,33 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from pbq import html_report, samples
+from pbq.allocate import LayerPlan, PlanInput
 from pbq.checkpoint import copy_auxiliary
 from pbq.disk import size_text, writing
-from pbq.evaluate import Perplexity
+from pbq.evaluate import Perplexity, TokenizedText
 from pbq.linear import PackedLinear
 from pbq.sources import Source
+
+HISTOGRAM_BINS = 160
+HISTOGRAM_RANGE = 4.0
+_PACKED_KINDS = {
+    "weight": "planes",
+    "scale": "scales",
+    "offset": "scales",
+    "column_scale": "scales",
+    "tier": "masks",
+}
 
 
 @dataclass
@@ -27,7 +41,10 @@ class RunReport:
     """What was asked, what was got, where the bytes are and where the seconds went.
 
     bits: stored bits per quantized weight. paper_bits: the paper's own accounting, a label only.
-    seconds: per stage. peak_bytes: largest resident memory of the process.
+    tiers: by layer, planes, columns and damage of each tier (`note_plan`). histogram: weights of
+    one layer before and after. bytes_of: what OUT's tensors take, by kind. samples: what the model
+    made of the same prompts before and after. seconds: per stage. peak_bytes: largest resident
+    memory of the process.
     """
 
     source: str
@@ -44,6 +61,10 @@ class RunReport:
     before: Perplexity | None = None
     after: Perplexity | None = None
     blocks: list[dict[str, Any]] = field(default_factory=list)
+    tiers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    histogram: dict[str, Any] | None = None
+    bytes_of: dict[str, int] = field(default_factory=dict)
+    samples: list[dict[str, str]] = field(default_factory=list)
     distillation: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
@@ -56,6 +77,35 @@ class RunReport:
         finally:
             spent = time.monotonic() - started
             self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+
+    def note_plan(self, layers: Mapping[str, PlanInput], plans: Mapping[str, LayerPlan]) -> None:
+        """Keep what the plan was made from: the damage of each tier, the weights of one layer.
+
+        damage: E[x²]·w², mean over the tier's weights: what a dropped weight costs its output.
+        """
+        for name, plan in plans.items():
+            W, x_sq = layers[name].W, layers[name].stats.x_sq
+            # [k], without a float32 copy of W
+            damage = (x_sq * W.norm(dim=0, dtype=torch.float32).pow(2) / len(W)).cpu()
+            self.tiers[name] = [
+                {
+                    "planes": tier.planes,
+                    "columns": tier.columns,
+                    "damage": float(damage[plan.tier_of == t].mean()) if tier.columns else 0.0,
+                }
+                for t, tier in enumerate(plan.tiers)
+            ]
+        name = _shown_layer(layers)
+        self.histogram = _histogram(name, layers[name].W, plans[name])
+
+    def note_samples(self, when: str, model: Any, tokenizer: Any, text: TokenizedText) -> None:
+        """What the model makes of a few passages of the text; when: before or after."""
+        with self.timed("samples"):
+            if not self.samples:
+                found = samples.passages(tokenizer, text)
+                self.samples = [{"prompt": prompt, "text": rest} for prompt, rest in found]
+            for sample in self.samples:
+                sample[when] = samples.continuation(model, tokenizer, sample["prompt"])
 
     def count(self, model: nn.Module) -> None:
         """Fill in sizes from the packed model, as its tensors will be written."""
@@ -72,6 +122,11 @@ class RunReport:
         self.parameters = self.quantized_weights + sum(t.numel() for t in others)
         self.model_bytes = self.quantized_bytes + other_bytes
         self.model_bytes_before = self.quantized_bytes_before + other_bytes
+        self.bytes_of = _bytes_of(model, packed)
+        if self.histogram is not None:
+            linear = model.get_submodule(self.histogram["layer"])
+            assert isinstance(linear, PackedLinear)
+            self.histogram = _with_stored(self.histogram, linear)
         self.peak_bytes = peak_bytes()
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,6 +150,85 @@ class RunReport:
         rows["seconds"] = f"{sum(self.seconds.values()):.0f}" + (f" ({spent})" if spent else "")
         rows["peak memory"] = size_text(self.peak_bytes)
         return rows
+
+
+def _shown_layer(layers: Mapping[str, PlanInput]) -> str:
+    """The middle one of the largest layers."""
+    most = max(layer.W.numel() for layer in layers.values())
+    largest = [name for name, layer in layers.items() if layer.W.numel() == most]
+    return largest[len(largest) // 2]
+
+
+def _histogram(name: str, W: Tensor, plan: LayerPlan) -> dict[str, Any]:
+    """Counts of W [n, k] by tier, in units of each row's deviation; up to 256 rows."""
+    rows = torch.linspace(0, len(W) - 1, min(len(W), 256), device=W.device).long().unique()
+    W = W[rows].float().cpu()
+    std = W.std(dim=1).clamp(min=1e-12)
+    tiers = [
+        {"planes": tier.planes, "columns": tier.columns, "weights": _counts(W, std, mask)}
+        for tier, mask in zip(plan.tiers, _masks(plan.tier_of, len(plan.tiers)), strict=True)
+    ]
+    return {
+        "layer": name,
+        "range": HISTOGRAM_RANGE,
+        "rows": rows.tolist(),
+        "row_std": std.tolist(),
+        "tiers": tiers,
+    }
+
+
+def _with_stored(histogram: dict[str, Any], linear: PackedLinear) -> dict[str, Any] | None:
+    """The histogram with counts of the stored values; None if the layer's tiers are not as planned.
+
+    A method may settle tiers later than the plan, when it has seen a Hessian.
+    """
+    planned = [(tier["planes"], tier["columns"]) for tier in histogram["tiers"]]
+    if planned != [(tier.planes, tier.columns) for tier in linear.layout.tiers]:
+        return None
+    W = linear.dequantize()[histogram["rows"]].cpu()
+    std = torch.tensor(histogram["row_std"])
+    tier_of = linear.packed().tensors.get("tier", torch.zeros(W.shape[1])).cpu()
+    tiers = [
+        {**tier, "stored": _counts(W, std, mask)}
+        for tier, mask in zip(histogram["tiers"], _masks(tier_of, len(planned)), strict=True)
+    ]
+    return {**histogram, "tiers": tiers}
+
+
+def _masks(tier_of: Tensor, tiers: int) -> list[Tensor]:
+    return [tier_of == t for t in range(tiers)]
+
+
+def _counts(W: Tensor, std: Tensor, columns: Tensor) -> list[int]:
+    """How many of W[:, columns] / std fall into each bin; what lies beyond counts at the ends."""
+    values = (W[:, columns] / std[:, None]).clamp(-HISTOGRAM_RANGE, HISTOGRAM_RANGE)
+    found = torch.histc(values, HISTOGRAM_BINS, -HISTOGRAM_RANGE, HISTOGRAM_RANGE)
+    return [int(count) for count in found]
+
+
+def _bytes_of(model: Any, packed: list[PackedLinear]) -> dict[str, int]:
+    """Bytes of every tensor that is written, by kind; tied ones once."""
+    sizes: Counter[str] = Counter()
+    for linear in packed:
+        for name, spec in linear.layout.tensors().items():
+            sizes[_PACKED_KINDS.get(name, "overlay")] += spec.nbytes
+        if linear.bias is not None:
+            sizes["biases"] += linear.bias.nbytes
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.data_ptr() in seen:
+                continue
+            seen.add(parameter.data_ptr())
+            if module is embeddings:
+                kind = "embeddings"
+            elif module is head:
+                kind = "head"
+            else:
+                kind = "norms" if "norm" in f"{name} {type(module).__name__}".lower() else "other"
+            sizes[kind] += parameter.nbytes
+    return dict(sizes.most_common())
 
 
 def _change(before: int, after: int) -> str:
@@ -126,6 +260,7 @@ def write_checkpoint(
         (staging / "README.md").write_text(model_card(report), encoding="utf-8")
         numbers = json.dumps(report.to_dict(), indent=1, default=str)
         (staging / "report.json").write_text(numbers + "\n", encoding="utf-8")
+        html_report.write_if_possible(staging)
 
 
 def model_card(report: RunReport) -> str:

@@ -23,12 +23,12 @@ import torch
 from typer.testing import CliRunner
 
 import pbq
-from pbq import checkpoint, methods, pipeline, scoring
+from pbq import checkpoint, html_report, methods, pipeline, scoring
 from pbq.cli import app
 from pbq.console import Console, run_guarded
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ["quantize", "plan", "eval", "generate", "inspect", "verify"]
+COMMANDS = ["quantize", "plan", "eval", "generate", "inspect", "verify", "report"]
 
 Invoke = Callable[..., tuple[int, str, str]]
 
@@ -151,6 +151,7 @@ def test_the_examples_are_commands_that_parse(invoke: Invoke, monkeypatch: Any) 
         (scoring, "stream_text"),
         (checkpoint, "verify"),
         (checkpoint, "inspect"),
+        (html_report, "write"),
     ):
 
         def note(*args: Any, name: str = name, **options: Any) -> None:
@@ -272,6 +273,22 @@ def test_inspect_and_verify(invoke: Invoke, out: Path) -> None:
     assert (code, stdout, err) == (0, "", "")
 
 
+def test_a_run_leaves_a_report_that_can_be_made_again(
+    invoke: Invoke, out: Path, tmp_path: Path
+) -> None:
+    """With figures, and what the model makes of a passage of the text before and after."""
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 3 and "2.5 asked" in page
+    (sample,) = json.loads((out / "report.json").read_text())["samples"]  # it repeats itself
+    assert sample["prompt"].startswith("The quick") and sample["before"] and sample["after"]
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    (copy / "report.html").unlink()
+    code, stdout, err = invoke("report", copy)
+    assert (code, stdout, err) == (0, f"{copy / 'report.html'}\n", "")
+    assert (copy / "report.html").read_text() == page
+
+
 def test_the_bar_goes_when_a_stage_ends(capsys: pytest.CaptureFixture[str]) -> None:
     """On a terminal: a live bar that is left running would hide the cursor for good."""
     console = Console()
@@ -353,6 +370,7 @@ def test_model_errors_exit_with_3(
         (["quantize", out, new, *small], "already quantized with pbq"),
         (["inspect", empty], "config.json: missing"),
         (["verify", moe], "not a pbq checkpoint"),
+        (["report", empty], r"report\.json: missing"),
         (["inspect", out, "--layer", "nope"], "no quantized layer is called 'nope'"),
         (["verify", damaged(out, tmp_path / "damaged")], "damaged"),
     ):

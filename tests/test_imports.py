@@ -42,8 +42,13 @@ FLOORS: dict[str, int] = {
     "pbq.evaluate": 5,
     "pbq.scoring": 5,
     "pbq.report": 5,
+    "pbq.html_report": 5,
+    "pbq.plots": 5,
+    "pbq.samples": 5,
     "pbq.console": 6,
     "pbq.cli": 6,
+    "pbq.cli_options": 6,
+    "pbq.cli_share": 6,
     "pbq.lm_eval": 6,
     "pbq_cli": 6,
 }

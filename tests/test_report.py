@@ -6,16 +6,21 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 from transformers import PreTrainedModel
 
 from pbq import checkpoint
+from pbq.allocate import ChannelStats, LayerPlan, PlanInput
 from pbq.config import QuantConfig
 from pbq.evaluate import Perplexity
+from pbq.linear import PackedLinear
 from pbq.report import RunReport, model_card, peak_bytes, write_checkpoint
 from pbq.sources import Source
+from pbq_kernels.layout import Tier
 
 
 def measured(ppl: float) -> Perplexity:
@@ -61,6 +66,72 @@ def test_counts_what_save_pretrained_will_write(
     dense = 4 * found.quantized_weights
     assert found.quantized_bytes_before == dense
     assert found.model_bytes_before == dense + summary.other_bytes
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_every_byte_is_of_some_kind(
+    architecture: str, packed_model: Callable[..., PreTrainedModel]
+) -> None:
+    model = packed_model(architecture)
+    found = report()
+    found.count(model)
+    packed = [found.bytes_of[kind] for kind in ("planes", "scales", "masks")]
+    assert sum(packed) == found.quantized_bytes
+    assert sum(found.bytes_of.values()) == found.model_bytes
+    assert found.bytes_of["embeddings"] == model.get_input_embeddings().weight.nbytes
+    assert "head" not in found.bytes_of  # tied
+    assert ("biases" in found.bytes_of) is (architecture != "llama")
+
+
+def planned(W: torch.Tensor, x_sq: torch.Tensor, tier_of: list[int]) -> tuple[Any, Any]:
+    stats = ChannelStats(x_sq, x_sq.sqrt(), x_sq.sqrt())
+    tiers = (Tier(1, tier_of.count(0)), Tier(2, tier_of.count(1)), Tier(0, 0))
+    return PlanInput(W, stats), LayerPlan(tiers, torch.tensor(tier_of, dtype=torch.uint8))
+
+
+def test_damage_is_what_a_dropped_weight_costs_the_output() -> None:
+    W, x = torch.randn(5, 4), torch.randn(1000, 4)
+    layer, plan = planned(W, x.pow(2).mean(0), [0, 1, 1, 0])
+    found = report()
+    found.note_plan({"a": layer}, {"a": plan})
+    for tier, columns in enumerate([[0, 3], [1, 2]]):
+        # mean square of the change of one output, over every weight of the tier
+        costs = [(x[:, k] * W[n, k]).pow(2).mean() for n in range(5) for k in columns]
+        expected = float(torch.stack(costs).mean())
+        assert found.tiers["a"][tier]["damage"] == pytest.approx(expected, rel=1e-5)
+    assert found.tiers["a"][2] == {"planes": 0, "columns": 0, "damage": 0.0}
+    json.dumps(found.to_dict())
+
+
+def test_weights_and_stored_values_are_counted_in_the_same_bins(
+    packed_model: Callable[..., PreTrainedModel],
+) -> None:
+    """Of the middle one of the largest layers, tier by tier; a plan changed later has no figure."""
+    model = packed_model("llama")
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+    plans, layers = {}, {}
+    for name, m in linears.items():
+        tier_of = m.packed().tensors["tier"]
+        W = m.dequantize()
+        layers[name] = PlanInput(W, ChannelStats(*(torch.ones(m.in_features),) * 3))
+        plans[name] = LayerPlan(m.layout.tiers, tier_of)
+    found = report()
+    found.note_plan(layers, plans)
+    assert found.histogram is not None
+    name = found.histogram["layer"]
+    assert name == "model.layers.1.mlp.up_proj"
+    found.count(model)
+    for tier in found.histogram["tiers"]:
+        # the "original" is the stored weight here
+        assert tier["weights"] == tier["stored"]
+        assert sum(tier["stored"]) == 84 * tier["columns"]
+    W = linears[name].dequantize()
+    one = W[:, plans[name].tier_of == 1] / W.std(1, keepdim=True)
+    expected = torch.histc(one.clamp(-4, 4), 160, -4, 4).int().tolist()
+    assert found.histogram["tiers"][1]["stored"] == expected
+    found.note_plan(layers, {**plans, name: LayerPlan((Tier(1, 48),), torch.zeros(48).byte())})
+    found.count(model)
+    assert found.histogram is None
 
 
 def test_counts_against_the_models_own_dtype(packed_model: Callable[..., PreTrainedModel]) -> None:
@@ -128,6 +199,7 @@ def test_a_checkpoint_is_complete_and_takes_only_what_is_the_models(
     write_checkpoint(out, place, model, tiny_tokenizer, found)
     written = {p.name for p in out.iterdir()}
     assert written >= {"config.json", "model.safetensors", "tokenizer.json", "report.json"}
+    assert "123.5" in (out / "report.html").read_text()
     # a .gguf file lies in a folder that need not be its own
     assert ("LICENSE" in written) is not gguf and "modeling.py" not in written
     assert (out / "README.md").read_text() == model_card(found)

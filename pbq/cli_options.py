@@ -1,0 +1,15 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="hub id, local directory, or .gguf file")]
+Packed = Annotated[Path, typer.Argument(help="directory that pbq quantize wrote")]
+Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, cuda:1 …")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only errors")]
+Trust = Annotated[bool, typer.Option(help="run code that comes with the model")]
