@@ -13,7 +13,7 @@ import typer
 
 from pbq import cli_share
 from pbq.cli_options import AsJson, Device, Model, Packed, Quiet, Trust
-from pbq.console import Console, hush_libraries, run_guarded
+from pbq.console import Console, hush_libraries, resumable, run_guarded
 
 if TYPE_CHECKING:
     from pbq.config import QuantConfig
@@ -102,18 +102,19 @@ def quantize(
     source = Path(model).resolve()
     name = source.stem if source.suffix == ".gguf" else source.name
     target = out or Path(f"{name}-pbq-{bits:g}")
-    result = pipeline.quantize(
-        model,
-        target,
-        config,
-        device=device,
-        ppl_text=ppl,
-        ppl_windows=windows,
-        overwrite=overwrite,
-        fresh=fresh,
-        trust_remote_code=trust_remote_code,
-        observer=console,
-    )
+    with resumable(target):
+        result = pipeline.quantize(
+            model,
+            target,
+            config,
+            device=device,
+            ppl_text=ppl,
+            ppl_windows=windows,
+            overwrite=overwrite,
+            fresh=fresh,
+            trust_remote_code=trust_remote_code,
+            observer=console,
+        )
     if as_json:
         print(json.dumps(result.to_dict()))
     elif not quiet:
@@ -190,9 +191,9 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Perplexity on text files and lm-eval tasks, of a packed or any other model."""
+    hush_libraries(quiet=quiet)
     from pbq import scoring
 
-    hush_libraries()
     console = Console(quiet=quiet)
     scores = scoring.score_models(
         [model, *([baseline] if baseline else [])],
@@ -250,17 +251,20 @@ def generate(
 @app.command(epilog="Example: pbq inspect out --layer model.layers.0.mlp.down_proj")
 def inspect(
     out: Packed,
-    layer: Annotated[Optional[str], typer.Option(help="one layer, with its tiers")] = None,  # noqa: UP045
+    layer: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="one layer, with its tiers and scales"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a packed checkpoint holds: layers, tiers, bits, bytes."""
-    from pbq import checkpoint
+    """What a packed checkpoint holds: layers, tiers, bits, bytes, errors."""
+    from pbq import contents
 
-    summary = checkpoint.inspect(out, layer) if layer else checkpoint.inspect(out)
+    found = contents.describe_layer(out, layer) if layer else contents.describe(out)
     if as_json:
-        print(json.dumps(summary.to_dict()))
+        print(json.dumps(found.to_dict()))
     else:
-        Console().grid(*summary.grid())
+        Console().grid(*found.grid())
 
 
 @app.command(epilog="Example: pbq verify out && echo intact")
@@ -296,10 +300,10 @@ def _root(
         raise typer.Exit
 
 
-def main() -> None:
-    """The console script: exit codes are those of pbq.errors, 130 when interrupted."""
-    raise SystemExit(run_guarded(app))
 for more in (cli_share.app,):
     app.registered_commands += more.registered_commands
 
 
+def main() -> None:
+    """The console script: exit codes are those of pbq.errors, 130 when interrupted."""
+    raise SystemExit(run_guarded(app))

@@ -7,7 +7,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import rich.console
@@ -20,10 +21,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from pbq.errors import PbqError, ResourceError
 
 INTERRUPTED = 130
+# Of a table in a file or a pipe: no terminal's width, so that no name is folded.
+_UNFOLDED = 1000
 
 
 class Console:
@@ -31,6 +35,8 @@ class Console:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._out = rich.console.Console()
+        if not self._out.is_terminal:
+            self._out.width = _UNFOLDED
         self._err = rich.console.Console(stderr=True)
         self._quiet = quiet
         self._progress: Progress | None = None
@@ -84,21 +90,49 @@ class Console:
         *,
         header: bool = True,
     ) -> None:
-        """A table on stdout; columns after the first are aligned right when there is a header."""
+        """A table on stdout; columns after the first are aligned right when there is a header.
+
+        Ruled on a terminal; elsewhere bare columns, for grep and awk.
+        """
         self.close()
-        table = Table(title=title or None, show_header=header, title_justify="left")
+        lines: dict[str, Any] = {} if self._out.is_terminal else {"box": None, "pad_edge": False}
+        # Text, here and below: what a file says of itself is no markup
+        named = Text(title) if title else None
+        table = Table(title=named, show_header=header, title_justify="left", **lines)
         for i, name in enumerate(header_row):
-            table.add_column(name, justify="right" if header and i else "left", overflow="fold")
+            table.add_column(
+                Text(name), justify="right" if header and i else "left", overflow="fold"
+            )
         for row in rows:
-            table.add_row(*(str(cell) for cell in row))
+            table.add_row(*(Text(str(cell)) for cell in row))
         self._out.print(table)
 
 
-def hush_libraries() -> None:
-    """Turn off the progress bars of transformers: a run shows its own. Imports transformers."""
+def hush_libraries(*, quiet: bool = False) -> None:
+    """Turn off the progress bars of transformers: a run shows its own. Imports transformers.
+
+    quiet: those of all libraries, lm-eval's too; for this, call it before they are imported.
+    """
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # read by tqdm when it is imported
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+class Unfinished(Exception):
+    """A run failed after some blocks were done, and these are kept. Its cause says why."""
+
+
+@contextlib.contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """Around a run into `out`: tells a failure that leaves something to resume from others."""
+    try:
+        yield
+    except Exception as error:
+        if any(out.with_name(f"{out.name}.partial").glob("block-*.safetensors")):
+            raise Unfinished from error
+        raise
 
 
 def run_guarded(app: Callable[..., Any]) -> int:
@@ -111,19 +145,39 @@ def run_guarded(app: Callable[..., Any]) -> int:
         if stop.code == INTERRUPTED:  # typer turns Ctrl-C into this without a word
             return _interrupted()
         return stop.code if isinstance(stop.code, int) else 0
-    except PbqError as error:
-        return _refuse(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _interrupted()
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        way_out = "try fewer --nsamples or a shorter --seqlen"
-        return _refuse(f"out of memory; {way_out}", ResourceError.exit_code)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _refuse(f"{where}{error.strerror or error}", ResourceError.exit_code)
+    except Exception as error:
+        return _failed(error)
     return 0
+
+
+def _failed(error: Exception) -> int:
+    """One line and an exit code for what a user can act upon; anything else is raised again."""
+    cause = error.__cause__ if isinstance(error, Unfinished) else error
+    assert isinstance(cause, Exception)
+    explained = _explained(cause)
+    if explained is None:
+        if cause is not error:
+            _refuse(f"failed; finished blocks are kept, the same command resumes: {_command()}", 1)
+        raise cause
+    message, code = explained
+    # elsewhere other options are the way out, and with these there is nothing to resume
+    if cause is not error and code == ResourceError.exit_code:
+        message += f"; finished blocks are kept, the same command resumes: {_command()}"
+    return _refuse(message, code)
+
+
+def _explained(error: Exception) -> tuple[str, int] | None:
+    if isinstance(error, PbqError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}", ResourceError.exit_code
+    if _is_out_of_memory(error):
+        way_out = "try fewer --nsamples or a shorter --seqlen"
+        return f"out of memory; {way_out}", ResourceError.exit_code
+    return None
 
 
 def _refuse(message: str, code: int) -> int:
@@ -139,6 +193,10 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _interrupted() -> int:
-    command = shlex.join(["pbq", *sys.argv[1:]])
-    resumes = f"; the same command resumes: {command}" if "quantize" in sys.argv[1:3] else ""
+    resumes = f"; the same command resumes: {_command()}" if "quantize" in sys.argv[1:3] else ""
     return _refuse(f"interrupted{resumes}", INTERRUPTED)
+
+
+def _command() -> str:
+    """What was typed, quoted for a shell."""
+    return shlex.join(["pbq", *sys.argv[1:]])

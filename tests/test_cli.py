@@ -23,9 +23,11 @@ import torch
 from typer.testing import CliRunner
 
 import pbq
-from pbq import checkpoint, html_report, methods, pipeline, scoring
+from pbq import checkpoint, contents, html_report, methods, pipeline, scoring
 from pbq.cli import app
 from pbq.console import Console, run_guarded
+from pbq.errors import NumericalError, ResourceError
+from pbq_kernels.layout import Tier, WeightLayout
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ["quantize", "plan", "eval", "generate", "inspect", "verify", "report"]
@@ -150,7 +152,7 @@ def test_the_examples_are_commands_that_parse(invoke: Invoke, monkeypatch: Any) 
         (scoring, "score_models"),
         (scoring, "stream_text"),
         (checkpoint, "verify"),
-        (checkpoint, "inspect"),
+        (contents, "describe_layer"),
         (html_report, "write"),
     ):
 
@@ -287,6 +289,134 @@ def test_a_run_leaves_a_report_that_can_be_made_again(
     code, stdout, err = invoke("report", copy)
     assert (code, stdout, err) == (0, f"{copy / 'report.html'}\n", "")
     assert (copy / "report.html").read_text() == page
+
+
+def test_inspect_shows_a_tree_that_grep_can_read(invoke: Invoke, out: Path) -> None:
+    """In a pipe: whole names, no rules, blocks with what their layers add up to, errors."""
+    code, stdout, _ = invoke("inspect", out)
+    lines = stdout.rstrip().splitlines()
+    assert code == 0 and stdout.isascii() and len(lines) == 2 + 3 * (1 + 7) + 3
+    report = json.loads((out / "report.json").read_text())["blocks"][1]
+    start = next(i for i, line in enumerate(lines) if line.startswith("model.layers.1 "))
+    total, seen = 0, set()
+    for line in lines[start + 1 : start + 8]:
+        name, shape, *_, bits, size, error = line.split()
+        nbytes = int(size.replace(",", ""))
+        n, k = map(int, shape.split("x"))
+        assert error == f"{report['layers'][name]['error']:.4f}"
+        assert float(bits) == pytest.approx(8 * nbytes / (n * k), abs=1e-4)
+        total, seen = total + nbytes, seen | {name}
+    assert seen == report["layers"].keys()
+    assert int(lines[start].split()[-1].replace(",", "")) == total
+    listed = json.loads(invoke("inspect", out, "--json")[1])["layers"]
+    errors = {layer["name"]: layer["error"] for layer in listed}
+    for name, layer in report["layers"].items():
+        assert errors[f"model.layers.1.{name}"] == layer["error"]
+
+
+def test_blocks_are_shown_in_the_order_of_the_model() -> None:
+    """config.json sorts names as words, and 10 before 2."""
+    layout = WeightLayout(8, 16, (Tier(1, 16),))
+    names = [f"h.{i}.{name}" for i in (0, 1, 10, 2) for name in ("a", "b")] + ["head"]
+    layers = tuple(checkpoint.LayerSummary(n, layout, {"weight": 16, "scale": 16}) for n in names)
+    summary = checkpoint.CheckpointSummary("m", None, 2, 2, 1, 1, 1, 0, 1, 1, layers)
+    rows = contents.CheckpointContents(summary, {"h.2.a": 0.5}).grid()[1]
+    assert [row[0] for row in rows][:-3] == [
+        "head", *(n for i in (0, 1, 2, 10) for n in (f"h.{i}", "  a", "  b")),
+    ]  # fmt: skip
+    assert rows[7][0] == "h.2" and rows[7][4] == "64" and rows[8][5] == "0.5000"
+
+
+def test_inspect_shows_the_scales_of_a_layer(invoke: Invoke, out: Path) -> None:
+    name = "model.layers.1.mlp.up_proj"
+    scale = checkpoint.read_packed(out, name).tensors["scale"].float()
+    found = json.loads(invoke("inspect", out, "--layer", name, "--json")[1])
+    # a binary tier and one of tied planes: one number a row each
+    assert [(s["tier"], s["what"]) for s in found["scales"]] == [
+        (0, "scale of plane 0"), (1, "scale of plane 0"), (1, "offset"),
+    ]  # fmt: skip
+    for t in (0, 1):
+        column = scale[:, t]
+        assert found["scales"][t] == {
+            "tier": t, "what": "scale of plane 0", "count": 84, "least": float(column.min()),
+            "median": float(column.median()), "most": float(column.max()),
+        }  # fmt: skip
+    table = invoke("inspect", out, "--layer", name)[1]
+    assert f"{found['scales'][1]['median']:.3g}" in table and f"{found['error']:.4f}" in table
+
+
+def test_a_checkpoint_whose_report_is_gone_or_strange_can_be_inspected(
+    invoke: Invoke, out: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    for report in (None, "{}", '{"blocks": [3, {"layers": {"a": 1, "b": {"error": "x"}}}]}'):
+        (copy / "report.json").unlink(missing_ok=True)
+        if report is not None:
+            (copy / "report.json").write_text(report)
+        code, stdout, _ = invoke("inspect", copy, "--json")
+        assert code == 0 and {e["error"] for e in json.loads(stdout)["layers"]} == {None}
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_no_color(
+    plain: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """https://no-color.org: any value but the empty one."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("NO_COLOR", "1" if plain else "")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    console = Console()
+    console.stage("blocks", 3)
+    console.step(1)
+    console.close()
+    colors = re.findall(r"\x1b\[(?:3[0-9]|9[0-7])[;m]", capsys.readouterr().err)
+    assert bool(colors) is not plain
+
+
+def test_quiet_silences_the_bars_of_libraries() -> None:
+    code = (
+        "from pbq.console import hush_libraries\n"
+        "hush_libraries(quiet=True)\n"
+        "from tqdm import tqdm\n"
+        "print(list(tqdm(range(3))))"
+    )
+    done = started("import pbq_cli\n" + code)
+    assert (done.stdout, done.stderr) == ("[0, 1, 2]\n", "")
+
+
+def test_a_failure_that_leaves_blocks_names_the_command_that_resumes(
+    invoke: Invoke,
+    source: Path,
+    small: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    new = tmp_path / "new"
+    words = ["quantize", source, new, *small]
+    command = f"the same command resumes: pbq quantize {source} {new} "
+    for error, code, resumes in (
+        (ResourceError("no space"), 5, True),
+        (OSError(28, "No space left on device"), 5, True),
+        (MemoryError(), 5, True),
+        # with other options there will be nothing to resume
+        (NumericalError("no numbers"), 6, False),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "write_checkpoint", raising(error))
+            found, _, err = invoke(*words)
+        assert found == code and (command in refusal(err)) is resumes, err
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_checkpoint", raising(ZeroDivisionError()))
+        with pytest.raises(ZeroDivisionError):
+            run_guarded(app)
+    # refused before the first block was done: nothing is kept
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "record_calls", raising(MemoryError()))
+        _, _, err = invoke("quantize", source, tmp_path / "other", *small)
+    assert "resumes" not in refusal(err)
+    code, _, err = invoke(*words)
+    assert code == 0 and "model.layers" not in err and new.exists()
 
 
 def test_the_bar_goes_when_a_stage_ends(capsys: pytest.CaptureFixture[str]) -> None:

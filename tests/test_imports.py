@@ -41,6 +41,7 @@ FLOORS: dict[str, int] = {
     "pbq.pipeline": 5,
     "pbq.evaluate": 5,
     "pbq.scoring": 5,
+    "pbq.contents": 5,
     "pbq.report": 5,
     "pbq.html_report": 5,
     "pbq.plots": 5,
