@@ -17,6 +17,7 @@ from pbq_kernels.layout import (
     Tier,
     WeightLayout,
 )
+from pbq_kernels.triton_backend import TritonBackend
 
 __all__ = [
     "BACKENDS",
@@ -67,6 +68,7 @@ class ReferenceBackend:
 # serves all, so what stands behind it is only taken when asked for by name.
 BACKENDS: dict[str, Backend] = {
     "cpu": CpuBackend("cpu"),
+    "triton": TritonBackend(),
     "reference": ReferenceBackend(),
     "cpu-int8": CpuBackend("cpu-int8", mode="int8"),
 }
