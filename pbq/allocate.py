@@ -33,14 +33,20 @@ class ChannelStats:
 
 @dataclass(frozen=True, eq=False)
 class LayerPlan:
-    """The tiers of one layer and the tier of each of its columns, uint8 [k]."""
+    """The tiers of one layer and the tier of each of its columns, uint8 [k].
+
+    overlay, overlay_bytes: how many entries are expected in it, and the bytes of their positions.
+    """
 
     tiers: tuple[Tier, ...]
     tier_of: UInt8[Tensor, " k"]
     column_scale: bool = False
+    overlay: int = 0
+    overlay_bytes: int = 0
 
     def layout(self, n: int) -> WeightLayout:
-        return WeightLayout(n, len(self.tier_of), self.tiers, column_scale=self.column_scale)
+        k = len(self.tier_of)
+        return WeightLayout(n, k, self.tiers, self.column_scale, self.overlay, self.overlay_bytes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +58,13 @@ class PlanInput:
 
 
 def most_columns(
-    n: int, k: int, bits: float, tiers_for: Callable[[int], tuple[Tier, ...]], name: str = "layer"
+    n: int,
+    k: int,
+    bits: float,
+    tiers_for: Callable[[int], tuple[Tier, ...]],
+    name: str = "layer",
+    *,
+    column_scale: bool = False,
 ) -> int:
     """The largest count c of fine columns with stored bits of `tiers_for(c)` at most `bits`.
 
@@ -60,7 +72,7 @@ def most_columns(
     """
 
     def stored(c: int) -> float:
-        return WeightLayout(n, k, tiers_for(c)).bits_per_weight
+        return WeightLayout(n, k, tiers_for(c), column_scale).bits_per_weight
 
     if stored(0) > bits:
         raise UsageError(

@@ -22,7 +22,7 @@ from pbq.errors import NumericalError
 from pbq.gptq import quantize_weight
 from pbq.grid import QuantizedWeight
 from pbq.hessian import damp, proxy_loss
-from pbq.methods import Method
+from pbq.methods import Method, placement
 from pbq.models import run_block, set_weight, shared_inputs, weight_of
 from pbq.tune import Recipe
 
@@ -250,6 +250,8 @@ class BlockQuantizer:
             seen[""] = streams.quant[i]
             # relative error per token: a few tokens of huge norm would otherwise be all that counts
             w = 1 / (_flat(self.targets[i]).pow(2).mean(1) + 1e-6)
+            if not self.recipe.compensate:
+                w = torch.ones_like(w)  # the papers' H = XᵀX
             x_f, x_q = _flat(originals[i][first]), _flat(seen[first])
             weighted = x_q * w[:, None]
             H.addmm_(weighted.T, x_q)
@@ -271,19 +273,24 @@ class BlockQuantizer:
         target = W
         if self.recipe.compensate:
             target = compensate(W, moments, name, self.recipe.compensate_damp)
+        placed = placement(self.method, plan, target, moments.H)
         qw, latent, damping = quantize_weight(
             target,
             moments.H,
-            plan.tiers,
-            plan.tier_of.to(W.device),
+            placed.tiers,
+            placed.tier_of,
             self.method.fit,
+            salient=placed.salient,
+            column_scale=placed.column_scale,
+            joint=self.recipe.joint,
             percdamp=self.config.percdamp,
             block_size=self.config.block_size,
             sweeps=self.recipe.sweeps,
             feedback=self.recipe.feedback,
+            natural_order=self.recipe.natural_order,
             name=name,
         )
-        if plan.column_scale:
+        if plan.column_scale and qw.column_scale is None:
             qw.column_scale = torch.ones_like(W[0])  # for the tuning to move
         W_hat = qw.dequantize()
         error = proxy_loss(target, W_hat, moments.H)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from pbq import cli_share
+from pbq import cli_share, cli_use
 from pbq.cli_options import AsJson, Device, Model, Packed, Quiet, Trust
 from pbq.console import Console, hush_libraries, resumable, run_guarded
 
@@ -36,7 +36,11 @@ NSamples = Annotated[int, typer.Option(help="calibration segments")]
 SeqLen = Annotated[int, typer.Option(help="tokens in a segment")]
 GroupSize = Annotated[int, typer.Option(help="columns per group of scales, -1: the row")]
 Criterion = Annotated[
-    str, typer.Option(help="salient channels by: damage | absmax (paper's code) | mean-abs")
+    str,
+    typer.Option(help="salient by: damage, or the papers': absmax, mean-abs; hessian, magnitude"),
+]
+SalientShare = Annotated[
+    float, typer.Option(help="share of salient weights at most, 0: as many as the bits allow")
 ]
 Faithful = Annotated[bool, typer.Option(help="the paper's own recipe, whatever bits it stores")]
 Percdamp = Annotated[float, typer.Option(help="damping of H, share of its mean diagonal")]
@@ -66,6 +70,7 @@ def quantize(
     seqlen: SeqLen = 1024,
     group_size: GroupSize = -1,
     criterion: Criterion = "damage",
+    salient_share: SalientShare = 0.0,
     faithful: Faithful = False,
     percdamp: Percdamp = 0.01,
     seed: Seed = 0,
@@ -89,7 +94,8 @@ def quantize(
     """Quantize MODEL into OUT; an interrupted run resumes with the same command."""
     config = _config(
         method=method, bits=bits, effort=effort, calib=calib, nsamples=nsamples, seqlen=seqlen,
-        group_size=group_size, criterion=criterion, faithful=faithful, percdamp=percdamp, seed=seed,
+        group_size=group_size, criterion=criterion, salient_share=salient_share, faithful=faithful,
+        percdamp=percdamp, seed=seed,
     )  # fmt: skip
     console = Console(quiet=quiet)
     if dry_run:
@@ -131,6 +137,7 @@ def plan(
     seqlen: SeqLen = 1024,
     group_size: GroupSize = -1,
     criterion: Criterion = "damage",
+    salient_share: SalientShare = 0.0,
     faithful: Faithful = False,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
@@ -138,7 +145,7 @@ def plan(
     """Say what would be quantized, stored and needed, without quantizing (= --dry-run)."""
     config = _config(
         method=method, bits=bits, effort=effort, nsamples=nsamples, seqlen=seqlen,
-        group_size=group_size, criterion=criterion, faithful=faithful,
+        group_size=group_size, criterion=criterion, salient_share=salient_share, faithful=faithful,
     )  # fmt: skip
     _print_plan(Console(), model, config, trust_remote_code, as_json)
 
@@ -215,39 +222,6 @@ def evaluate(
         console.grid(*scores.grid())
 
 
-@app.command(epilog='Example: pbq generate out --prompt "The capital of France is"')
-def generate(
-    model: Model,
-    prompt: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="the prompt; without it, stdin is read"),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="tokens to write at most")] = 64,
-    temperature: Annotated[float, typer.Option(help="0: greedy")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="nucleus sampling")] = 1.0,
-    chat: Annotated[bool, typer.Option(help="wrap the prompt in the chat template")] = False,
-    seed: Seed = 0,
-    device: Device = "auto",
-    trust_remote_code: Trust = False,
-) -> None:
-    """Continue a prompt with a packed (or any) model; the text goes to stdout as it is written."""
-    from pbq import scoring
-
-    hush_libraries()
-    text = prompt if prompt is not None else sys.stdin.read()
-    scoring.stream_text(
-        model,
-        text,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        chat=chat,
-        seed=seed,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
-
-
 @app.command(epilog="Example: pbq inspect out --layer model.layers.0.mlp.down_proj")
 def inspect(
     out: Packed,
@@ -300,7 +274,7 @@ def _root(
         raise typer.Exit
 
 
-for more in (cli_share.app,):
+for more in (cli_use.app, cli_share.app):
     app.registered_commands += more.registered_commands
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from pbq.errors import UsageError
 
 EFFORTS = ("fast", "default", "best")
-CRITERIA = ("damage", "absmax", "mean-abs")
+CRITERIA = ("damage", "absmax", "mean-abs", "hessian", "magnitude")
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,12 @@ class QuantConfig:
     effort: how long to optimise, fast | default | best.
     nsamples, seqlen: calibration segments and tokens in each.
     calib: text file, jsonl file, datasets id, or "self" (text sampled from the model).
-    group_size: columns per group of scales, -1 is the row; methods with a grid of their own say so.
+    group_size: columns per group of scales; -1 leaves it to the method, which is the row for most.
     block_size: columns per lazy update of the GPTQ sweep; does not change the result.
     percdamp: damping of H, as a share of its mean diagonal (GPTQ's name).
-    criterion: how ptq161 ranks salient channels: damage (ours), absmax (the paper's code),
-        mean-abs (the paper's text).
+    criterion: how salient channels or weights are ranked: damage (ours); of ptq161 absmax (the
+        paper's code) and mean-abs (its text); of pb-llm hessian and magnitude (the paper's).
+    salient_share: share of salient weights, at most; 0 is as many as the bits allow.
     faithful: the paper's own recipe, whatever bits it then stores.
     seed: of sampling, shuffling and held-out rows.
     """
@@ -41,6 +42,7 @@ class QuantConfig:
     block_size: int = 128
     percdamp: float = 0.01
     criterion: str = "damage"
+    salient_share: float = 0.0
     faithful: bool = False
     seed: int = 0
 
@@ -57,6 +59,8 @@ class QuantConfig:
                 raise UsageError(f"--{option} {getattr(self, name)}: expected at least {least}")
         if self.group_size != -1 and self.group_size < 8:
             raise UsageError(f"--group-size {self.group_size}: expected -1 (row) or at least 8")
+        if not 0 <= self.salient_share < 1:
+            raise UsageError(f"--salient-share {self.salient_share}: expected a share from 0 to 1")
         if not 0 < self.percdamp < 1:
             raise UsageError(f"--percdamp {self.percdamp}: expected a share between 0 and 1")
 

@@ -12,15 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from pbq.grid import Grid, QuantizedWeight, TierGrid, signs, stored
+from pbq.grid import Grid, Overlay, QuantizedWeight, TierGrid, signs, stored
 from pbq.hessian import damp, inverse_cholesky
 from pbq_kernels.layout import Tier
 
 # fit(W [n, c] of a tier, weight [c], tier, row [n, k]: all columns as compensated) -> Grid that is
-# representable in float16
+# representable in float16. With an overlay, weight is [n, c] and zero where an entry is not on it.
 Fit = Callable[[Tensor, Tensor, Tier, Tensor], Grid]
 # Joint least squares solves one small system a row; formats with hundreds of groups keep their fit.
 MAX_JOINT_SCALES = 24
@@ -63,12 +63,14 @@ def reconstruct(
     fit: Fit,
     *,
     block_size: int = 128,
+    overlay: Overlay | None = None,
 ) -> tuple[UInt8[Tensor, "n k"], list[Grid], Float[Tensor, "n k"]]:
     """One sweep of error feedback. Everything is in processing order, which `runs` partitions.
 
     Returns the codes, one grid per run, and the compensated weights as they were just before each
     was rounded. U is the upper Cholesky factor of the damped inverse Hessian, H⁻¹ = UᵀU. Updates to
-    later columns are collected over `block_size` columns, which does not change the result.
+    later columns are collected over `block_size` columns, which does not change the result. The
+    values of the overlay are rounded along, in place.
     """
     W = W.clone()
     codes = torch.zeros(W.shape, dtype=torch.uint8, device=W.device)
@@ -76,47 +78,115 @@ def reconstruct(
     start = 0
     for run in runs:
         stop = start + run.columns
-        # 1/U_jj² is the loss per squared rounding error once later columns compensate for it
-        weight = U.diagonal()[start:stop] ** -2
-        grids.append(fit(W[:, start:stop], weight, tiers[run.tier], W))
+        grids.append(_fitted(fit, W, U, slice(start, stop), tiers[run.tier], overlay))
         for i1 in range(start, stop, block_size):
             i2 = min(i1 + block_size, stop)
-            Err = _round_block(W[:, i1:i2], U[i1:i2, i1:i2], grids[-1], codes[:, i1:i2])
+            part = overlay and overlay.columns(slice(i1, i2))
+            Err = _round_block(W[:, i1:i2], U[i1:i2, i1:i2], grids[-1], codes[:, i1:i2], part)
             W[:, i2:] -= Err @ U[i1:i2, i2:]
         start = stop
     return codes, grids, W
 
 
-def _round_block(W_B: Tensor, U_BB: Tensor, grid: Grid, codes: Tensor) -> Tensor:
+def _fitted(
+    fit: Fit, W: Tensor, U: Tensor, run: slice, tier: Tier, overlay: Overlay | None
+) -> Grid:
+    # 1/U_jj² is the loss per squared rounding error once later columns compensate for it
+    weight = U.diagonal()[run] ** -2
+    if overlay is not None:
+        weight = weight * ~overlay.mask[:, run]
+    return fit(W[:, run], weight, tier, W)
+
+
+def _round_block(
+    W_B: Tensor, U_BB: Tensor, grid: Grid, codes: Tensor, overlay: Overlay | None = None
+) -> Tensor:
     """Round a block of columns in place, one by one with feedback; return Err = (W-Q) U_BB⁻¹."""
     columns = W_B.T.contiguous()  # [b, n]: the loop walks columns, which are rows in memory here
     Err = torch.empty_like(columns)
     for j, w in enumerate(columns):
         code, w_hat = grid.nearest(w[:, None])
         codes[:, j : j + 1] = code
+        if overlay is not None:
+            w_hat = _round_overlay(w[:, None], w_hat, overlay.columns(slice(j, j + 1)))
         Err[j] = (w - w_hat[:, 0]) / U_BB[j, j]
         columns[j + 1 :].addr_(U_BB[j, j + 1 :], Err[j], alpha=-1)
     W_B.copy_(columns.T)
     return Err.T
 
 
+def _round_overlay(w: Tensor, w_hat: Tensor, overlay: Overlay) -> Tensor:
+    """w_hat [n, c] with the overlay's entries, whose new values are kept in `overlay`."""
+    overlay.value.copy_(torch.where(overlay.mask, overlay.codes(w), overlay.value))
+    return torch.where(overlay.mask, overlay.dequantize().to(w.dtype), w_hat)
+
+
 def reconstruct_naive(
-    W: Tensor, U: Tensor, tiers: Sequence[Tier], runs: Sequence[Run], fit: Fit
+    W: Tensor,
+    U: Tensor,
+    tiers: Sequence[Tier],
+    runs: Sequence[Run],
+    fit: Fit,
+    overlay: Overlay | None = None,
 ) -> tuple[Tensor, list[Grid]]:
     """One column at a time, nothing deferred: the slow truth for `reconstruct`."""
     W, codes, grids = W.clone(), torch.zeros_like(W, dtype=torch.uint8), []
     start = 0
     for run in runs:
         stop = start + run.columns
-        grid = fit(W[:, start:stop], U.diagonal()[start:stop] ** -2, tiers[run.tier], W)
+        weight = U.diagonal()[start:stop] ** -2
+        if overlay is not None:
+            weight = torch.where(overlay.mask[:, start:stop], 0.0, weight)
+        grid = fit(W[:, start:stop], weight, tiers[run.tier], W)
         for j in range(start, stop):
             codes[:, j : j + 1] = grid.codes(W[:, j : j + 1])
-            error = (W[:, j] - grid.decode(codes[:, j : j + 1])[:, 0]) / U[j, j]
+            w_hat = grid.decode(codes[:, j : j + 1])[:, 0]
+            for row in overlay.mask[:, j].nonzero()[:, 0] if overlay is not None else []:
+                value = (W[row, j] / overlay.scale[row]).round().clamp(-127, 127)
+                overlay.value[row, j] = value.to(torch.int8)
+                w_hat[row] = value * overlay.scale[row]
+            error = (W[:, j] - w_hat) / U[j, j]
             # spread the rounding error over the columns not yet rounded
             W[:, j + 1 :] -= torch.outer(error, U[j, j + 1 :])
         grids.append(grid)
         start = stop
     return codes, grids
+
+
+def reconstruct_jointly(
+    W: Float[Tensor, "n k"],
+    U: Float[Tensor, "k k"],
+    tiers: Sequence[Tier],
+    tier_of: UInt8[Tensor, " k"],
+    fit: Fit,
+    *,
+    block_size: int = 128,
+) -> tuple[UInt8[Tensor, "n k"], list[Run], list[Grid], Float[Tensor, "n k"]]:
+    """Blocks of columns in their own order, each rounded at once: Err = (W - Q) / diag(U).
+
+    As BiLLM, ARB-LLM and HBLLM are coded. Columns rounded together should send (W - Q) U_BB⁻¹ to
+    the rest, as `reconstruct` does; their formula leaves the block's own correlation out. A grid is
+    fitted when the first block reaches it. Returns codes, groups, their grids, compensated weights.
+    """
+    W, codes = W.clone(), torch.zeros(W.shape, dtype=torch.uint8, device=W.device)
+    group_of = torch.zeros_like(tier_of, dtype=torch.int64)
+    for t, tier in enumerate(tiers):
+        group_of[tier_of == t] = tier.group_of_column().to(W.device)
+    found: dict[tuple[int, int], Grid] = {}
+    for i1 in range(0, W.shape[1], block_size):
+        i2 = min(i1 + block_size, W.shape[1])
+        Q = W[:, i1:i2].clone()
+        block = zip(tier_of[i1:i2].tolist(), group_of[i1:i2].tolist(), strict=True)
+        for t, g in sorted(set(block)):
+            mine = (tier_of == t) & (group_of == g)
+            if (t, g) not in found:
+                found[t, g] = fit(W[:, mine], U.diagonal()[mine] ** -2, tiers[t], W)
+            here = mine[i1:i2]
+            codes[:, i1:i2][:, here], Q[:, here] = found[t, g].nearest(W[:, i1:i2][:, here])
+        Err = (W[:, i1:i2] - Q) / U.diagonal()[i1:i2]
+        W[:, i2:] -= Err @ U[i1:i2, i2:]
+    runs = [Run(t, g, int(((tier_of == t) & (group_of == g)).sum())) for t, g in sorted(found)]
+    return codes, runs, [found[t, g] for t, g in sorted(found)], W
 
 
 def quantize_weight(
@@ -130,30 +200,64 @@ def quantize_weight(
     block_size: int = 128,
     sweeps: int = 1,
     feedback: bool = True,
+    natural_order: bool = False,
+    joint: bool = False,
+    salient: Bool[Tensor, "n k"] | None = None,
+    column_scale: Float[Tensor, " k"] | None = None,
     name: str = "weight",
 ) -> tuple[QuantizedWeight, Float[Tensor, "n k"], float]:
     """One linear from weight and Hessian to codes: sweep, joint scales, `sweeps` of descent.
 
     Returns the quantized weight, the compensated weights of the sweep (where a latent weight of a
     straight-through estimator should start), and the damping used. sweeps=0 leaves GPTQ's result,
-    feedback=False rounds every column on its own.
+    feedback=False rounds every column on its own, natural_order sorts no columns within a tier,
+    joint is `reconstruct_jointly`. salient: entries for the overlay, on a scale taken from W.
+    column_scale: what comes off the columns first, representable in float16 and above zero.
     """
     tier_of = tier_of.to(W.device)
-    order, runs = processing_order(tiers, tier_of, H.diagonal() * W.pow(2).sum(0))
+    if column_scale is not None:
+        # E H Eᵀ of the scaled weight in the scaled metric is that of the weight itself
+        W_s, H_s = W / column_scale, H * column_scale[:, None] * column_scale
+    else:
+        W_s, H_s = W, H
+    importance = H_s.diagonal() * W_s.pow(2).sum(0)
+    if natural_order:
+        importance = torch.zeros_like(importance)  # the sort is stable
+    order, runs = processing_order(tiers, tier_of, importance)
+    if joint:
+        order = torch.arange(len(H), device=H.device)
     if feedback:
-        U, damping = inverse_cholesky(H[order][:, order], percdamp, name)
+        U, damping = inverse_cholesky(H_s[order][:, order], percdamp, name)
     else:
         U, damping = torch.eye(len(H), device=H.device), 0.0
-    codes, grids, compensated = reconstruct(W[:, order], U, tiers, runs, fit, block_size=block_size)
+    overlay = None if salient is None else Overlay.of(W, salient).columns(order)
+    if joint:
+        codes, runs, grids, compensated = reconstruct_jointly(
+            W_s, U, tiers, tier_of, fit, block_size=block_size
+        )
+    else:
+        codes, grids, compensated = reconstruct(
+            W_s[:, order], U, tiers, runs, fit, block_size=block_size, overlay=overlay
+        )
     inverse = torch.argsort(order)
-    qw = QuantizedWeight(tuple(tiers), tier_of, codes[:, inverse], _collect(tiers, runs, grids, W))
+    compensated = compensated[:, inverse]
+    if column_scale is not None:
+        compensated = compensated * column_scale
+    qw = QuantizedWeight(
+        tuple(tiers),
+        tier_of,
+        codes[:, inverse],
+        _collect(tiers, runs, grids, W),
+        column_scale,
+        overlay and overlay.columns(inverse),
+    )
     if sweeps:
         H_damped = damp(H, damping)
         refit_scales(W, H_damped, qw)
         for _ in range(sweeps):
             coordinate_descent(W, H_damped, qw, block_size=block_size)
             refit_scales(W, H_damped, qw)
-    return qw, compensated[:, inverse], damping
+    return qw, compensated, damping
 
 
 def _collect(
@@ -176,9 +280,11 @@ def refit_scales(W: Float[Tensor, "n k"], H: Float[Tensor, "k k"], qw: Quantized
     """All scales and offsets of a row by joint least squares in the H metric, codes unchanged.
 
     minimise over θ  (w - Bθ)ᵀ H (w - Bθ),  B [k, S] the row's signs. In place, rounded to float16;
-    a row that rounding made worse keeps its old numbers.
+    a row that rounding made worse keeps its old numbers. The overlay stays as it is.
     """
     basis = _basis(qw)
+    if qw.overlay is not None:
+        W = W - qw.overlay.dequantize()  # what is left for the grids to do
     if not 0 < len(basis) <= MAX_JOINT_SCALES:
         return
     n, S = len(W), len(basis)
@@ -223,7 +329,10 @@ def _basis(qw: QuantizedWeight) -> list[tuple[Tensor, Tensor]]:
             chosen = columns[group_of == group]
             one = torch.ones(len(qw.codes), len(chosen), device=qw.codes.device)
             out.append((chosen, one if qw.column_scale is None else one * qw.column_scale[chosen]))
-    return out
+    if qw.overlay is None:
+        return out
+    on_grid = ~qw.overlay.mask
+    return [(chosen, values * on_grid[:, chosen]) for chosen, values in out]
 
 
 def _get(qw: QuantizedWeight) -> Tensor:
@@ -264,22 +373,34 @@ def coordinate_descent(
             grid = qw.grids[t].grid(tier, group)
             chosen = columns[(group_of == group) & alive[columns]]
             for block in chosen.split(block_size):
-                _descend_block(W_hat, G, H, grid, block, qw.codes, scale)
+                _descend_block(W_hat, G, H, grid, block, qw, scale)
 
 
 def _descend_block(
-    W_hat: Tensor, G: Tensor, H: Tensor, grid: Grid, block: Tensor, codes: Tensor, scale: Tensor
+    W_hat: Tensor,
+    G: Tensor,
+    H: Tensor,
+    grid: Grid,
+    block: Tensor,
+    qw: QuantizedWeight,
+    scale: Tensor,
 ) -> None:
     H_BB, before, scale_B = H[block][:, block], W_hat[:, block], scale[block]
+    overlay = qw.overlay and qw.overlay.columns(block)
     # [b, n], as in _round_block; a clone, since .contiguous() would share the memory of a vector
     columns = before.T.clone(memory_format=torch.contiguous_format)
     G_B = G[:, block].T.contiguous()
     for j, w in enumerate(columns):
-        best = (w - G_B[j] / H_BB[j, j]) / scale_B[j]
-        code, level = grid.nearest(best[:, None])
-        codes[:, block[j]] = code[:, 0]
+        best = w - G_B[j] / H_BB[j, j]
+        code, level = grid.nearest((best / scale_B[j])[:, None])
+        qw.codes[:, block[j]] = code[:, 0]
         w_hat = level[:, 0] * scale_B[j]
+        if overlay is not None:
+            part = overlay.columns(slice(j, j + 1))
+            w_hat = _round_overlay(best[:, None], w_hat[:, None], part)[:, 0]
         G_B.addr_(H_BB[j], w_hat - w)
         columns[j] = w_hat
+    if overlay is not None and qw.overlay is not None:
+        qw.overlay.value[:, block] = overlay.value
     W_hat[:, block] = columns.T
     G += (columns.T - before) @ H[block]

@@ -80,6 +80,18 @@ def _inverse_cholesky(H_damped: Tensor) -> Tensor | None:
     return U if torch.isfinite(U).all() else None
 
 
+def saliency(
+    lost: Float[Tensor, "n k"], U: Float[Tensor, "k k"], *, to_come: bool = False
+) -> Float[Tensor, "n k"]:
+    """Loss of an error `lost` in each entry once other columns of its row make up for it.
+
+    lost² / [H⁻¹]_jj, all other columns being free (optimal brain surgeon, Hassibi & Stork 1993).
+    to_come: lost² / U_jj², only the columns behind j being free, as PB-LLM and BiLLM are coded.
+    """
+    # H⁻¹ = UᵀU
+    return lost.pow(2) / (U.diagonal() ** 2 if to_come else U.pow(2).sum(0))
+
+
 def proxy_loss(
     W: Float[Tensor, "n k"], W_hat: Float[Tensor, "n k"], H: Float[Tensor, "k k"]
 ) -> float:

@@ -5,8 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pbq.grid import QuantizedWeight, TierGrid
-from pbq_kernels.layout import PackedWeight, Tier, check_tensors, pack_codes, unpack_codes
+from pbq.grid import Overlay, QuantizedWeight, TierGrid
+from pbq_kernels.layout import (
+    PackedWeight,
+    Tier,
+    check_tensors,
+    encode_overlay,
+    overlay_positions,
+    pack_codes,
+    unpack_codes,
+)
 
 
 def pack(qw: QuantizedWeight) -> PackedWeight:
@@ -29,6 +37,10 @@ def pack(qw: QuantizedWeight) -> PackedWeight:
         tensors["tier"] = qw.tier_of.clone()
     if qw.column_scale is not None:
         tensors["column_scale"] = _half(qw.column_scale)
+    if qw.overlay is not None and layout.overlay:
+        tensors["overlay_count"], tensors["overlay_gap"] = encode_overlay(qw.overlay.mask)
+        tensors["overlay_value"] = qw.overlay.value[qw.overlay.mask]
+        tensors["overlay_scale"] = _half(qw.overlay.scale)
     check_tensors(layout, tensors, values=True)
     return PackedWeight(layout, tensors)
 
@@ -47,10 +59,8 @@ def _half(x: Tensor) -> Tensor:
 
 
 def unpack(pw: PackedWeight) -> QuantizedWeight:
-    """Inverse of `pack`. Raises ValueError on an overlay, which a QuantizedWeight does not hold."""
+    """Inverse of `pack`; an overlay without entries comes back as none."""
     layout, tensors = pw.layout, pw.tensors
-    if layout.overlay:
-        raise ValueError(f"a weight with {layout.overlay} overlay entries cannot be unpacked")
     n, k = layout.n, layout.k
     device = tensors["weight"].device
     tier_of = tensors.get("tier", torch.zeros(k, dtype=torch.uint8, device=device))
@@ -77,4 +87,13 @@ def unpack(pw: PackedWeight) -> QuantizedWeight:
         scale, offset = scale + tier.scales, offset + tier.offsets
         grids.append(TierGrid(stored_scale, stored_offset))
     column_scale = tensors["column_scale"].float() if layout.column_scale else None
-    return QuantizedWeight(layout.tiers, tier_of, codes, grids, column_scale)
+    overlay = _unpacked_overlay(pw) if layout.overlay else None
+    return QuantizedWeight(layout.tiers, tier_of, codes, grids, column_scale, overlay)
+
+
+def _unpacked_overlay(pw: PackedWeight) -> Overlay:
+    where = overlay_positions(pw.layout, pw.tensors)
+    value = torch.zeros(pw.layout.n, pw.layout.k, dtype=torch.int8, device=where[0].device)
+    mask = torch.zeros_like(value, dtype=torch.bool)
+    value[where], mask[where] = pw.tensors["overlay_value"], True
+    return Overlay(mask, value, pw.tensors["overlay_scale"].float())

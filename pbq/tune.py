@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from pbq.grid import Grid, QuantizedWeight, TierGrid, stored
 
@@ -60,10 +59,11 @@ class BlockTuning(Rates):
 class Distillation(Rates):
     """End-to-end training against the original model's next-token distribution.
 
-    steps: of one batch of calibration rows each.
+    steps: of one batch of calibration rows each. gamma: see `forward_kl`.
     """
 
     steps: int
+    gamma: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,17 @@ class Recipe:
 
     feedback: GPTQ error feedback. sweeps: coordinate-descent sweeps after it. compensate: aim each
     linear at the original output given its quantized input (blocks.compensate), damped by
-    compensate_damp. hessian_tokens: calibration tokens behind each Hessian. batch: rows
-    run at once.
+    compensate_damp. natural_order: columns are rounded in their own order, as papers do, not the
+    least important first; joint: whole blocks of them, see gptq.reconstruct_jointly.
+    hessian_tokens: calibration tokens behind each Hessian. batch: rows run at once.
     """
 
     feedback: bool = True
     sweeps: int = 1
     compensate: bool = True
     compensate_damp: float = 0.3
+    natural_order: bool = False
+    joint: bool = False
     hessian_tokens: int = 32768
     batch: int = 2
     block: BlockTuning | None = None
@@ -122,6 +125,7 @@ class TunableWeight(nn.Module):
         )
         # one more factor a row, on scale and offset together; trained where a recipe asks for it
         self.row = nn.Parameter(torch.ones(len(qw.codes), device=order.device))
+        self._overlay = qw.overlay  # stays as it is
         self._column0 = qw.column_scale
         self.column: nn.Parameter | None = None
         if qw.column_scale is not None:
@@ -203,9 +207,11 @@ class TunableWeight(nn.Module):
         codes = [self._nearest(t, x) for t, x in enumerate(self.latent)] or self._codes
         scales, offsets = zip(*(self._numbers(t) for t in tiers), strict=True)
         W = _FromCodes.apply(self, codes, *scales, *offsets, *self.latent)
-        if self._column0 is None or self.column is None:
+        if self._column0 is not None and self.column is not None:
+            W = W * (self._column0 * self.column).to(self.dtype)
+        if self._overlay is None:
             return W
-        return W * (self._column0 * self.column).to(self.dtype)
+        return torch.where(self._overlay.mask, self._overlay.dequantize().to(self.dtype), W)
 
     def assemble(self, parts: Sequence[Tensor]) -> Tensor:
         """Tiers [c, n] -> the weight [n, k]."""
@@ -228,7 +234,7 @@ class TunableWeight(nn.Module):
         if self._column0 is not None and self.column is not None:
             column = stored(self._column0 * self.column)
         codes_nk = torch.cat(codes)[self._inverse].T.contiguous()
-        return QuantizedWeight(self.tiers, self.tier_of, codes_nk, grids, column)
+        return QuantizedWeight(self.tiers, self.tier_of, codes_nk, grids, column, self._overlay)
 
     def groups(self, tuning: Rates) -> list[tuple[list[nn.Parameter], float]]:
         """(parameters, learning rate). A latent moves in units of its tier's mean scale."""
@@ -457,7 +463,7 @@ def distill(
     def loss(i: int, W: Mapping[str, Tensor], gains: Mapping[str, Tensor]) -> Tensor:
         with torch.no_grad():
             target = teacher(i)
-        return forward_kl(student(W, gains, i), target)
+        return forward_kl(student(W, gains, i), target, gamma=distillation.gamma)
 
     return optimise(
         loss,
@@ -471,17 +477,43 @@ def distill(
     )
 
 
-def forward_kl(logits: Tensor, target: Tensor, chunk: int = 128) -> Tensor:
-    """Mean over tokens of KL(target || logits), nats.
+def forward_kl(logits: Tensor, target: Tensor, chunk: int = 128, *, gamma: float = 0.0) -> Tensor:
+    """Mean over tokens of KL(target || logits), nats; gamma > 0 weighs ambiguous tokens more.
 
-    `chunk` tokens at a time and recomputed in the backward pass: a vocabulary of 50,000 in float32
-    would otherwise take gigabytes.
+    The weight of a token is the entropy of its target to the power gamma, their mean being 1 (after
+    DB-LLM's Deviation-Aware Distillation). `chunk` tokens at a time: a vocabulary of 50,000 in
+    float32 would otherwise take gigabytes.
     """
-    pairs = zip(logits.flatten(0, -2).split(chunk), target.flatten(0, -2).split(chunk), strict=True)
-    parts = [checkpoint(_kl_sum, q, p, use_reentrant=False) for q, p in pairs]
-    return torch.stack(parts).sum() / logits.flatten(0, -2).shape[0]
+    found = _ForwardKl.apply(logits.flatten(0, -2), target.flatten(0, -2), chunk, gamma)
+    assert isinstance(found, Tensor)
+    return found
 
 
-def _kl_sum(logits: Tensor, target: Tensor) -> Tensor:
-    log_p = target.float().log_softmax(-1)
-    return F.kl_div(logits.float().log_softmax(-1), log_p, log_target=True, reduction="sum")
+class _ForwardKl(torch.autograd.Function):
+    """The gradient, weight · (softmax(logits) - softmax(target)), is found along with the loss.
+
+    It is kept in the dtype of the logits, and no float32 softmax is kept or made twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, chunk: int, gamma: float) -> Tensor:
+        kl, weight = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+        gradient = torch.empty_like(logits if ctx.needs_input_grad[0] else logits[:0])
+        for start in range(0, len(logits), chunk):
+            some = slice(start, start + chunk)
+            log_q = logits[some].float().log_softmax(-1)
+            log_p = target[some].float().log_softmax(-1)
+            p = log_p.exp()
+            kl[some] = (p * (log_p - log_q)).sum(-1)
+            weight[some] = -(p * log_p).sum(-1)
+            weight[some] **= gamma
+            if ctx.needs_input_grad[0]:
+                gradient[some] = (log_q.exp_() - p) * weight[some, None]
+        total = weight.sum().clamp(min=1e-20)
+        ctx.save_for_backward(gradient, total)
+        return (weight * kl).sum() / total
+
+    @staticmethod
+    def backward(ctx: Any, out: Tensor) -> Any:
+        gradient, total = ctx.saved_tensors
+        return gradient * (out / total).to(gradient.dtype), None, None, None

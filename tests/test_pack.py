@@ -132,9 +132,11 @@ def test_columns_that_disagree_with_the_tiers_are_refused():
         pack(qw)
 
 
-def test_an_overlay_is_refused_rather_than_dropped(random_packed):
-    with pytest.raises(ValueError, match="overlay"):
-        unpack(random_packed(5, 64, overlay=0.1))
+def test_an_overlay_comes_back(random_packed):
+    pw = random_packed(5, 64, overlay=0.1, column_scale=True)
+    again = pack(unpack(pw))
+    assert again.layout == pw.layout
+    assert all(torch.equal(t, again.tensors[name]) for name, t in pw.tensors.items())
 
 
 def test_every_tensor_is_made_on_the_weight_s_device():

@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -33,7 +34,8 @@ class Method(Protocol):
     def fit(self, W: Tensor, weight: Tensor, tier: Tier, row: Tensor) -> Grid:
         """Grid of one tier (or group): W [n, c] its weights, weight [c] their importance.
 
-        row [n, k] holds all columns of the layer. The numbers must be float16-representable.
+        With an overlay weight is [n, c], and zero where an entry is not on the grid. row [n, k]
+        holds all columns of the layer. The numbers must be float16-representable.
         """
 
     def recipe(self, config: QuantConfig) -> Recipe:
@@ -41,6 +43,35 @@ class Method(Protocol):
 
     def paper_bits(self, plans: Mapping[str, LayerPlan], rows: Mapping[str, int]) -> float:
         """Bits as the paper counts them: only ever printed as a label beside the stored bits."""
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """What goes where in one layer.
+
+    tier_of uint8 [k]: the tier of each column. salient bool [n, k]: the entries of the overlay.
+    column_scale float32 [k], representable in float16.
+    """
+
+    tiers: tuple[Tier, ...]
+    tier_of: Tensor
+    salient: Tensor | None = None
+    column_scale: Tensor | None = None
+
+
+@runtime_checkable
+class Places(Protocol):
+    """A method that settles a layer once its Hessian is known, which a plan cannot wait for."""
+
+    def place(self, plan: LayerPlan, W: Tensor, H: Tensor) -> Placement:
+        """Within the stored bits of the plan: W [n, k] the weight to be rounded, H its metric."""
+
+
+def placement(method: Method, plan: LayerPlan, W: Tensor, H: Tensor) -> Placement:
+    """Of the method if it has a say, else as planned."""
+    if isinstance(method, Places):
+        return method.place(plan, W, H)
+    return Placement(plan.tiers, plan.tier_of.to(W.device))
 
 
 def names() -> list[str]:
@@ -55,6 +86,14 @@ def refuse_options(config: QuantConfig, *options: str) -> None:
         if value != getattr(QuantConfig, option):
             given = f"--{option.replace('_', '-')}" + ("" if value is True else f" {value}")
             raise UsageError(f"{given}: {config.method} has no use for it; leave it out")
+
+
+def refuse_criteria_but(config: QuantConfig, *known: str) -> None:
+    """Raise UsageError when the criterion is another method's."""
+    if config.criterion not in known:
+        raise UsageError(
+            f"--criterion {config.criterion}: {config.method} knows {', '.join(known)}"
+        )
 
 
 def get(name: str, config: QuantConfig) -> Method:

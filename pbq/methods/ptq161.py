@@ -22,7 +22,7 @@ from torch import Tensor
 from pbq.allocate import LayerPlan, PlanInput, most_columns, tiers_of
 from pbq.config import QuantConfig
 from pbq.grid import Grid, fit_planes, fit_uniform, stored
-from pbq.methods import refuse_options
+from pbq.methods import refuse_criteria_but, refuse_options
 from pbq.tune import BlockTuning, Distillation, Recipe
 from pbq_kernels.layout import Tier, WeightLayout
 
@@ -129,5 +129,6 @@ def _saliency(layer: PlanInput, criterion: str) -> Tensor:
 
 
 def method(config: QuantConfig) -> Ptq161:
-    refuse_options(config, "group_size")
+    refuse_options(config, "group_size", "salient_share")
+    refuse_criteria_but(config, "damage", "absmax", "mean-abs")
     return Ptq161(config.faithful)

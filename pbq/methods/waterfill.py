@@ -55,5 +55,5 @@ def _tiers(counts: list[int]) -> tuple[Tier, ...]:
 
 
 def method(config: QuantConfig) -> Waterfill:
-    refuse_options(config, "group_size", "faithful", "criterion")
+    refuse_options(config, "group_size", "faithful", "criterion", "salient_share")
     return Waterfill()
