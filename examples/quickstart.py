@@ -14,8 +14,8 @@ from demo_model import demo_model
 
 from pbq.config import QuantConfig
 from pbq.console import Console, hush_libraries
+from pbq.generation import Sampling, Writer
 from pbq.pipeline import quantize
-from pbq.scoring import stream_text
 
 PROMPT = "The best way to learn a new language is"
 WINDOWS = 8
@@ -50,12 +50,11 @@ def main(out: Path) -> None:
     rows = report.rows()
     rows["all in all"] = f"{time.monotonic() - started:.0f} seconds"
     console.table(rows, title=str(out))
-    print(f"\n{out} writes: {PROMPT}", end="", flush=True)
+    writer = Writer.load(str(out))
     # sampled: greedy decoding of a model this far compressed soon repeats itself
-    stream_text(str(out), PROMPT, max_new_tokens=32, temperature=0.8, top_p=0.9)
-    print(
-        f"\nNext: pbq generate {out} --prompt ...   pbq inspect {out}   pbq eval {out} --ppl FILE"
-    )
+    written = writer.write(writer.ids(PROMPT), Sampling(32, temperature=0.8, top_p=0.9))
+    print(f"\n{out} writes: {PROMPT}{written}")
+    print(f"\nNext: open {out}/report.html   pbq chat {out}   pbq eval {out} --ppl FILE")
 
 
 if __name__ == "__main__":

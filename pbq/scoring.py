@@ -1,4 +1,4 @@
-"""`pbq eval` and `pbq generate`: one or two models under one protocol, or one that writes."""
+"""`pbq eval`: one or two models under one protocol."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
-from transformers import AutoTokenizer, TextStreamer
 
 from pbq.errors import DataError, UsageError
 from pbq.evaluate import (
@@ -118,50 +115,3 @@ def score_models(
             found.append(score(source, resolved))
             gc.collect()  # the next model should find this one's memory free
     return Scores(found)
-
-
-def stream_text(
-    name: str,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    chat: bool = False,
-    seed: int = 0,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-) -> None:
-    """Continue `prompt`, printing the text as it comes. temperature 0 is greedy."""
-    if not prompt.strip():
-        raise UsageError("the prompt is empty; give --prompt TEXT or text on stdin")
-    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-        raise UsageError("--temperature must be >= 0, --top-p in (0, 1], --max-new-tokens >= 1")
-    source, where = resolve_source(name), pick_device(device)
-    model, tokenizer = load_model(
-        source, compute_dtype(source, where), where, trust_remote_code, packed=True
-    )
-    ids = _prompt_ids(tokenizer, prompt, chat, source).to(where)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    torch.manual_seed(seed)
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        **sampling,
-    )
-
-
-def _prompt_ids(tokenizer: AutoTokenizer, prompt: str, chat: bool, source: Source) -> torch.Tensor:
-    if not chat:
-        return tokenizer(prompt, return_tensors="pt").input_ids
-    if not tokenizer.chat_template:
-        raise UsageError(f"{source.name}: has no chat template; leave --chat out")
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )["input_ids"]

@@ -6,6 +6,7 @@ process shows (imports, stray output of libraries) is tested in two that are sta
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -23,14 +24,14 @@ import torch
 from typer.testing import CliRunner
 
 import pbq
-from pbq import checkpoint, contents, html_report, methods, pipeline, scoring
+from pbq import checkpoint, contents, demo, generation, html_report, methods, pipeline, scoring
 from pbq.cli import app
 from pbq.console import Console, run_guarded
 from pbq.errors import NumericalError, ResourceError
 from pbq_kernels.layout import Tier, WeightLayout
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ["quantize", "plan", "eval", "generate", "inspect", "verify", "report"]
+COMMANDS = ["quantize", "plan", "eval", "generate", "chat", "demo", "inspect", "verify", "report"]
 
 Invoke = Callable[..., tuple[int, str, str]]
 
@@ -150,7 +151,8 @@ def test_the_examples_are_commands_that_parse(invoke: Invoke, monkeypatch: Any) 
     for module, name in (
         (pipeline, "quantize"),
         (scoring, "score_models"),
-        (scoring, "stream_text"),
+        (generation.Writer, "load"),
+        (demo, "demo_model"),
         (checkpoint, "verify"),
         (contents, "describe_layer"),
         (html_report, "write"),
@@ -258,6 +260,74 @@ def test_generate_writes_the_text_and_nothing_else(
         for seed in (1, 1, 2)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_generate_reads_stdin_or_many_prompts(
+    invoke: Invoke, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--max-new-tokens", 4, "--json"]
+    (tmp_path / "prompts.txt").write_text("The quick\n\nA lazy dog\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The\\nquick"}\n')
+    code, stdout, err = invoke("generate", out, "--file", tmp_path / "prompts.txt", *options)
+    found = [json.loads(line) for line in stdout.splitlines()]
+    assert (code, err) == (0, "") and [f["prompt"] for f in found] == ["The quick", "A lazy dog"]
+    # each as if it were alone, from stdin too
+    monkeypatch.setattr(sys, "stdin", io.StringIO("A lazy dog"))
+    assert json.loads(invoke("generate", out, *options)[1]) == found[1]
+    code, stdout, _ = invoke("generate", out, "--file", tmp_path / "prompts.jsonl", *options)
+    assert code == 0 and json.loads(stdout)["prompt"] == "The\nquick"
+    _, stdout, _ = invoke("generate", out, "--file", tmp_path / "prompts.txt", *options[:2])
+    assert stdout == "".join(f"{f['prompt']}{f['text']}\n" for f in found)
+    for name, content, message in (
+        ("none.txt", " \n", "holds no prompt"),
+        ("bad.jsonl", '{"prompt": "a"}\n{"text": "a"}', "bad.jsonl:2: expected an object"),
+        ("gone.txt", None, "cannot be read"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        code, stdout, err = invoke("generate", out, "--file", tmp_path / name)
+        assert code == 4 and not stdout and message in refusal(err)
+
+
+def test_chat_in_a_pipe(invoke: Invoke, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = 'Hello\n\n"""\nmany\nlines\n"""\nto be \\\ncontinued\n/reset\nHello\n/exit\nHello\n'
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    words = ["chat", out, "--temperature", 0, "--max-new-tokens", 3]
+    with monkeypatch.context() as patch:
+        turns: list[list[dict[str, str]]] = []
+        real = generation.Writer.chat_ids
+
+        def note(self: Any, messages: Any) -> Any:
+            turns.append(list(messages))
+            return real(self, messages)
+
+        patch.setattr(generation.Writer, "chat_ids", note)
+        code, stdout, err = invoke(*words)
+    assert code == 0 and "[forgotten]" in err and "/reset forgets" in err
+    turns = turns[1:]  # the first asks whether there is a template
+    assert [t[-1]["content"] for t in turns] == [
+        "Hello",
+        "many\nlines",
+        "to be \ncontinued",
+        "Hello",
+    ]
+    assert [len(t) for t in turns] == [1, 3, 5, 1]
+    answers = [t[1]["content"] for t in turns[1:3]]
+    assert answers[0] == answers[1] and stdout.startswith(answers[0])
+    assert stdout.endswith(f"{answers[0]}\n")  # greedy, so the same as before /reset
+
+
+def test_demo_finds_the_model_or_says_how_to_install_it(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PBQ_CACHE", str(tmp_path))
+    monkeypatch.setattr(demo, "find_gguf", lambda: None)
+    code, stdout, err = invoke("demo")
+    assert (code, stdout) == (3, "") and refusal(err).endswith(demo.INSTALL)
+    (tmp_path / demo.NAME).mkdir()
+    (tmp_path / demo.NAME / "config.json").write_text("{}")
+    code, stdout, err = invoke("demo")
+    assert (code, stdout) == (0, f"{tmp_path / demo.NAME}\n") and "next: pbq quantize" in err
 
 
 def test_inspect_and_verify(invoke: Invoke, out: Path) -> None:

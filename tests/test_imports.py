@@ -46,10 +46,13 @@ FLOORS: dict[str, int] = {
     "pbq.html_report": 5,
     "pbq.plots": 5,
     "pbq.samples": 5,
+    "pbq.generation": 5,
+    "pbq.demo": 5,
     "pbq.console": 6,
     "pbq.cli": 6,
     "pbq.cli_options": 6,
     "pbq.cli_share": 6,
+    "pbq.cli_use": 6,
     "pbq.lm_eval": 6,
     "pbq_cli": 6,
 }
@@ -153,6 +156,13 @@ def test_import_pbq_registers_and_loads_nothing_else() -> None:
         f"print('pbq' in known, [m for m in {NOT_FOR_LOADING!r} if m in sys.modules])"
     )
     assert out.split("\n")[0] == "True []"
+
+
+def test_generation_loads_nothing_that_quantizes() -> None:
+    out = run(
+        f"import sys, pbq.generation\nprint([m for m in {NOT_FOR_LOADING!r} if m in sys.modules])"
+    )
+    assert out == "[]\n"
 
 
 def test_the_command_does_not_wait_for_transformers() -> None:

@@ -52,4 +52,4 @@ def test_a_prompt_that_fills_the_positions_has_no_continuation(
 ) -> None:
     model = tiny_model("llama")
     assert samples.continuation(model, tiny_tokenizer, "x" * 64) == ""
-    assert len(tiny_tokenizer(samples.continuation(model, tiny_tokenizer, "x" * 60)).input_ids) <= 4
+    assert 1 <= len(samples.continuation(model, tiny_tokenizer, "x" * 60)) <= 4

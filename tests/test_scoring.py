@@ -1,4 +1,4 @@
-"""Scores side by side under one protocol; refusals before anything is loaded; text as it comes."""
+"""Scores side by side under one protocol; refusals before anything is loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pbq import scoring
 from pbq.errors import DataError, ModelError, UsageError
 from pbq.evaluate import Perplexity
-from pbq.scoring import ModelScores, Scores, score_models, stream_text
+from pbq.scoring import ModelScores, Scores, score_models
 
 
 class Listener:
@@ -148,61 +148,3 @@ def test_tasks_on_local_data(
     metrics = found.models[0].tasks["piqa"]
     assert metrics["n"] == 3 and 0 <= metrics["acc"] <= 1
     assert found.grid()[1][0][0] == "piqa acc, 3 items"
-
-
-# Generation
-
-
-def test_greedy_text_is_what_generate_gives(
-    packed_checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = packed_checkpoint("llama")
-    stream_text(str(path), "Once", max_new_tokens=6, device="cpu")
-    model = AutoModelForCausalLM.from_pretrained(path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    ids = tokenizer("Once", return_tensors="pt").input_ids
-    expected = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
-    assert capsys.readouterr().out.strip() == tokenizer.decode(expected, True).strip()
-
-
-def test_sampling_follows_its_seed(
-    packed_checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    def sampled(seed: int) -> str:
-        path = str(packed_checkpoint("llama"))
-        stream_text(path, "Once", max_new_tokens=12, temperature=2.0, seed=seed, device="cpu")
-        return capsys.readouterr().out
-
-    assert sampled(1) == sampled(1) != sampled(2)
-
-
-def test_chat_wraps_the_prompt_and_needs_a_template(
-    tiny_tokenizer: Any, tiny_checkpoint: Callable[[str], Path]
-) -> None:
-    from pbq.sources import Source
-
-    source = Source("m", tiny_checkpoint("llama"))
-    plain = scoring._prompt_ids(tiny_tokenizer, "Hi", False, source)
-    chat = scoring._prompt_ids(tiny_tokenizer, "Hi", True, source)
-    assert chat.tolist() == [[*plain[0].tolist(), tiny_tokenizer.eos_token_id]]
-    bare = AutoTokenizer.from_pretrained(source.path)
-    bare.chat_template = None
-    with pytest.raises(UsageError, match="m: has no chat template; leave --chat out"):
-        scoring._prompt_ids(bare, "Hi", True, source)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"prompt": " \n"}, "the prompt is empty"),
-        ({"temperature": -1.0}, "--temperature"),
-        ({"top_p": 0.0}, "--top-p"),
-        ({"max_new_tokens": 0}, "--max-new-tokens"),
-    ],
-)
-def test_options_that_make_no_sense_are_refused(
-    options: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    asked = {"prompt": "a", "max_new_tokens": 1, **options}
-    with pytest.raises(UsageError, match=message):
-        stream_text(str(tmp_path), **asked)
