@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +41,7 @@ class PackedLinear(nn.Module):
     Its buffers are exactly the tensors of the layout, in their stored dtypes whatever the model is
     cast to, and `bias` [n] in the model's dtype. What the backend makes of them is kept outside the
     state dict and made anew after a move, a load or a copy. After writing into a buffer in place,
-    call `forget_prepared`.
+    call `forget_prepared`. To torch.compile the product is one operator, `pbq::packed_linear`.
     """
 
     # WeightLayout names these; declared for the type checker and for code that reads `.weight`.
@@ -56,6 +58,7 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, torch.zeros(spec.shape, dtype=spec.dtype))
         self.register_buffer("bias", torch.zeros(layout.n, dtype=dtype) if bias else None)
         self._prepared: _Prepared | None = None
+        self._key = _register(self)
 
     @classmethod
     def from_packed(cls, pw: PackedWeight, bias: Tensor | None = None) -> PackedLinear:
@@ -82,11 +85,23 @@ class PackedLinear(nn.Module):
         check_tensors(self.layout, tensors, name, values=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            y = _packed_linear(x, _prepare_once(self._key), self.out_features)
+        else:
+            y = self.multiply(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x [*b, k] @ W_hat.T, without the bias."""
+        prepared = self.prepare()
+        return prepared.backend.matmul(x, prepared.form)
+
+    def prepare(self) -> _Prepared:
+        """What the chosen backend made of the weight; made now, if it was not before."""
         prepared = self._prepared
         if prepared is None or not prepared.serves(self.weight, _backend_name):
             prepared = self._prepare()
-        y = prepared.backend.matmul(x, prepared.form)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return prepared
 
     def _prepare(self) -> _Prepared:
         # Kernels index memory by these values: a file that lies must not reach one.
@@ -131,6 +146,10 @@ class PackedLinear(nn.Module):
         # A copy prepares its own buffers; a backend's form need not survive copying or pickling.
         return {**self.__dict__, "_prepared": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._key = _register(self)
+
     def extra_repr(self) -> str:
         tiers = "+".join(f"{tier.planes}x{tier.columns}" for tier in self.layout.tiers)
         return (
@@ -156,3 +175,61 @@ class _Prepared:
 
 def _as_integers(tensor: Tensor) -> Tensor:
     return tensor.view(torch.int16) if tensor.dtype == torch.float16 else tensor
+
+
+# --- for torch.compile ---------------------------------------------------------------------------
+
+# An operator takes tensors and numbers: it finds its module by a number.
+_modules: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()
+_keys = itertools.count()
+
+
+def _register(module: PackedLinear) -> int:
+    key = next(_keys)
+    _modules[key] = module
+    return key
+
+
+@torch.compiler.assume_constant_result
+def _prepare_once(key: int) -> int:
+    """The key. While a graph is traced the module is prepared: no CUDA graph may record that."""
+    _modules[key].prepare()
+    return key
+
+
+@torch.library.custom_op(
+    "pbq::packed_linear", mutates_args=(), schema="(Tensor x, int key, int n) -> Tensor"
+)
+def _packed_linear(x: Tensor, key: int, n: int) -> Tensor:
+    """x [*b, k] @ W_hat.T -> [*b, n] by the module `key`."""
+    return _modules[key].multiply(x)
+
+
+@_packed_linear.register_fake
+def _(x: Tensor, key: int, n: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.custom_op(
+    "pbq::packed_linear_backward", mutates_args=(), schema="(Tensor grad, int key, int k) -> Tensor"
+)
+def _packed_linear_backward(grad: Tensor, key: int, k: int) -> Tensor:
+    """grad [*b, n] @ W_hat -> [*b, k]."""
+    return grad @ _modules[key].dequantize(grad.dtype)
+
+
+@_packed_linear_backward.register_fake
+def _(grad: Tensor, key: int, k: int) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], k))
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
+    x, ctx.key, _ = inputs
+    ctx.k = x.shape[-1]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return _packed_linear_backward(grad, ctx.key, ctx.k), None, None
+
+
+_packed_linear.register_autograd(_backward, setup_context=_keep_for_backward)

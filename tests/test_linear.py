@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import pbq_kernels
 from pbq import linear as linear_module
@@ -207,3 +209,70 @@ def test_a_layer_of_no_bits_still_stores_a_weight(
     linear = PackedLinear.from_packed(random_packed(5, 3, (Tier(0, 3, offset=True),)))
     assert linear.weight.shape == (5, 0)
     assert linear(torch.ones(3)).shape == (5,)
+
+
+# --- torch.compile -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled_anew() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_into_one_graph(
+    backend: str, packed: PackedWeight, bias: Tensor, compiled_anew: None
+) -> None:
+    model = nn.Sequential(PackedLinear.from_packed(packed, bias), nn.ReLU())
+    graph = torch.compile(model, fullgraph=True, backend=backend)
+    for shape in ((1, K), (2, 3, K)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(graph(x), model(x))
+
+
+def test_a_compiled_product_has_a_gradient(packed: PackedWeight, compiled_anew: None) -> None:
+    graph = torch.compile(PackedLinear.from_packed(packed), fullgraph=True, backend="aot_eager")
+    x = torch.ones(2, K, requires_grad=True)
+    graph(x).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad[0], reference.dequantize(packed).sum(0), atol=1e-5)
+
+
+def test_tracing_prepares_and_a_compiled_module_still_sees_changes(
+    random_packed: Callable[..., PackedWeight], doubling: DoublingBackend, compiled_anew: None
+) -> None:
+    set_backend("doubling")
+    first, second = random_packed(8, 48, seed=1), random_packed(8, 48, seed=2)
+    linear, x = PackedLinear.from_packed(first), torch.ones(48)
+    graph = torch.compile(linear, fullgraph=True, backend="eager")
+    assert torch.equal(graph(x), linear(x))
+    assert doubling.prepared == 1
+    linear.load_state_dict(PackedLinear.from_packed(second).state_dict())
+    assert torch.equal(graph(x), nn.functional.linear(x, 2 * reference.dequantize(second)))
+
+
+def test_the_operator_is_well_formed(packed: PackedWeight) -> None:
+    linear = PackedLinear.from_packed(packed)
+    x = torch.randn(2, K, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    torch.library.opcheck(torch.ops.pbq.packed_linear.default, (x, linear._key, N))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")
+def test_compiles_with_inductor(packed: PackedWeight, bias: Tensor, compiled_anew: None) -> None:
+    model = nn.Sequential(PackedLinear.from_packed(packed, bias), nn.ReLU())
+    x = torch.randn(2, K, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x))
+
+
+def test_generates_with_a_static_cache(
+    packed_model: Callable[..., PreTrainedModel], compiled_anew: None
+) -> None:
+    model = packed_model("llama")
+    ids = torch.tensor([[257, 10, 20, 30, 40]])
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    expected = model.generate(ids, **options)
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)

@@ -209,22 +209,23 @@ def _dense_rows(weight: TritonWeight, dtype: torch.dtype) -> Iterator[Tensor]:
             enable_fp_fusion=True,
         )
         if weight.overlay is not None:
-            _add_overlay(out, weight, begin)
+            _add_overlay(out, weight, tile)
         yield out.to(dtype)
 
 
-def _add_overlay(out: Tensor, weight: TritonWeight, begin: int) -> None:
-    """Add the overlay of rows begin, begin + 1 ... to out [r, steps * STEP]."""
+def _add_overlay(out: Tensor, weight: TritonWeight, tile: int) -> None:
+    """Add the overlay to out [r, steps * STEP], the rows from a tile on. Waits for no GPU."""
     overlay = weight.overlay
     assert overlay is not None
-    start = overlay.start[begin : begin + len(out) + 1]
-    entries = slice(int(start[0]), int(start[-1]))
-    rows = torch.repeat_interleave(torch.arange(len(out), device=out.device), start.diff())
+    begin, end = tile * ROWS, tile * ROWS + len(out)
+    entries = slice(overlay.tile_start[tile], overlay.tile_start[math.ceil(end / ROWS)])
+    rows = torch.repeat_interleave(
+        torch.arange(len(out), device=out.device),
+        overlay.start[begin : end + 1].diff(),
+        output_size=entries.stop - entries.start,
+    )
     delta = overlay.delta[entries].float() * overlay.scale[begin:][rows]
-    position = torch.empty(weight.k, dtype=torch.int64, device=out.device)
-    valid = weight.column >= 0
-    position[weight.column[valid].long()] = valid.nonzero()[:, 0]
-    at = rows, position[overlay.column[entries].long()]
+    at = rows, overlay.position[overlay.column[entries].long()].long()
     out[at] = (out[at].float() + delta).to(out.dtype)
 
 

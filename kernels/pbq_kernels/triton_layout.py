@@ -45,6 +45,8 @@ class Overlay:
     column: Tensor  # int16 or int32 [overlay]: of x
     delta: Tensor  # float16 [overlay], in units of its row's scale
     scale: Tensor  # float32 [n]: largest delta of the row
+    position: Tensor  # int32 [k]: where a column of x lies in a dense row
+    tile_start: tuple[int, ...]  # first entry of each tile of ROWS rows, and the end
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +197,7 @@ def repack(pw: PackedWeight) -> TritonWeight:
         factor=factor,
         flush=next(f for f in _FLUSHES if not any(g % f for g in grouped)) if grouped else 0,
         offsets=any(tier.offsets for tier in layout.tiers),
-        overlay=_overlay(pw) if layout.overlay else None,
+        overlay=_overlay(pw, column) if layout.overlay else None,
     )
 
 
@@ -329,7 +331,7 @@ def _field_words(rows: Tensor, field: _Field) -> Tensor:
     return (values << shifts).sum((2, 4), dtype=torch.int32)
 
 
-def _overlay(pw: PackedWeight) -> Overlay:
+def _overlay(pw: PackedWeight, column: Tensor) -> Overlay:
     layout, tensors = pw.layout, pw.tensors
     rows, columns = overlay_positions(layout, tensors)
     bare = {name: t for name, t in tensors.items() if not name.startswith("overlay_")}
@@ -341,9 +343,14 @@ def _overlay(pw: PackedWeight) -> Overlay:
     scale.scatter_reduce_(0, rows, delta.abs(), "amax")
     start = torch.zeros(layout.n + 1, dtype=torch.int32, device=delta.device)
     start[1:] = torch.cumsum(tensors["overlay_count"], 0)
+    position = torch.empty(layout.k, dtype=torch.int32, device=delta.device)
+    used = (column >= 0).nonzero()[:, 0]
+    position[column[used].long()] = used.to(torch.int32)
     return Overlay(
         start=start,
         column=columns.to(torch.int16 if layout.k <= 2**15 else torch.int32),
         delta=(delta / scale.clamp(min=torch.finfo(torch.float32).tiny)[rows]).half(),
         scale=scale,
+        position=position,
+        tile_start=(*start[:-1:ROWS].tolist(), layout.overlay),
     )
