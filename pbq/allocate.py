@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -102,11 +104,117 @@ def stored_bits(plans: Mapping[str, LayerPlan], rows: Mapping[str, int]) -> floa
     return sum(L.stored_bits for L in layouts) / sum(L.n * L.k for L in layouts)
 
 
-# Relative squared error of a Gaussian on its best 2**p levels, p = 0 … 4 (Max 1960; measured on
-# the weights of SmolLM2-135M within 10 %). More planes than that never pay below 3 bits.
-DISTORTION = (1.0, 0.363, 0.1175, 0.0345, 0.0095)
-# A level of so few columns costs more for its scales (16 bits a row and plane) than it gains.
-LEAST_COLUMNS = 24
+# Relative squared error of a Gaussian on its best 2**p equally spaced levels, p = 0 … 4 (Max 1960,
+# table II). More planes than that never pay below 3 bits.
+DISTORTION = (1.0, 0.3634, 0.1188, 0.03744, 0.01154)
+# Planes of the tiers a layer may be made of: every set of plane counts.
+_MIXES = [
+    mix
+    for size in range(1, len(DISTORTION) + 1)
+    for mix in itertools.combinations(range(len(DISTORTION)), size)
+]
+# A tier's columns come in eights, so that no row of it is padded.
+_STEP = 8
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Damage left, stored bits, and the tiers that do it: their planes and their columns."""
+
+    left: float
+    bits: int
+    mix: tuple[int, ...]
+    counts: list[int]
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """A layer sorted for water-filling: damage rising, its running sum from zero, and its shape."""
+
+    n: int
+    order: Tensor
+    rising: list[float]
+    summed: list[float]
+    tiers_for: Callable[[list[int]], tuple[Tier, ...]]
+
+    @staticmethod
+    def of(damage: Tensor, n: int, tiers_for: Callable[[list[int]], tuple[Tier, ...]]) -> _Layer:
+        rising, order = damage.double().cpu().sort(stable=True)
+        summed = [0.0, *rising.cumsum(0).tolist()]
+        return _Layer(n, order, rising.tolist(), summed, tiers_for)
+
+    @property
+    def k(self) -> int:
+        return len(self.order)
+
+    def counts(self, mix: tuple[int, ...], price: float) -> list[int]:
+        """Columns of each plane count of `mix`, lowest first, when a stored bit costs `price`.
+
+        A column takes p planes rather than the next lower q where damage * (D[q] - D[p]) is more
+        than price * n * (p - q); D is convex, so a column's choice rises with its damage.
+        """
+        ends = []
+        for low, high in itertools.pairwise(mix):
+            saved = DISTORTION[low] - DISTORTION[high]
+            threshold = price * self.n * (high - low) / saved
+            above = self.k - bisect.bisect_left(self.rising, threshold)
+            ends.append(max(0, self.k - math.ceil(above / _STEP) * _STEP))
+        ends.append(self.k)
+        return [end - start for start, end in itertools.pairwise([0, *ends])]
+
+    def tiers(self, mix: tuple[int, ...], counts: list[int]) -> tuple[Tier, ...]:
+        of_planes = [0] * len(DISTORTION)
+        for planes, count in zip(mix, counts, strict=True):
+            of_planes[planes] = count
+        return self.tiers_for(of_planes)
+
+    def choice(self, mix: tuple[int, ...], price: float) -> _Choice:
+        """The best of one mix at a price; some of its tiers may stay empty."""
+        counts = self.counts(mix, price)
+        ends = [0, *itertools.accumulate(counts)]
+        left = sum(
+            DISTORTION[p] * (self.summed[end] - self.summed[start])
+            for p, start, end in zip(mix, ends, ends[1:], strict=False)
+        )
+        layout = WeightLayout(self.n, self.k, self.tiers(mix, counts))
+        return _Choice(left, layout.stored_bits, mix, counts)
+
+    def best(self, price: float) -> _Choice:
+        """The mix that is worth most when a stored bit costs `price`."""
+        found = [self.choice(mix, price) for mix in _MIXES]
+        return min(found, key=lambda choice: choice.left + price * choice.bits)
+
+    def within(self, budget: float) -> _Choice | None:
+        """The mix that leaves least damage within `budget` stored bits, or None.
+
+        A price common to all mixes would not do: where all columns are alike, none makes a second
+        tier worth its scales, and half of the budget may lie idle.
+        """
+        found = []
+        for mix in _MIXES:
+            low, high = self.prices()
+            for _ in range(28):
+                price = math.sqrt(low * high)
+                choice = self.choice(mix, price)
+                if choice.bits <= budget:
+                    found.append(choice)
+                    high = price
+                else:
+                    low = price
+        return min(found, key=lambda choice: (choice.left, choice.bits), default=None)
+
+    def prices(self) -> tuple[float, float]:
+        """Prices between which every change of planes lies, in damage per bit."""
+        high = self.rising[-1] / self.n + 1e-30
+        return high * 1e-12, high * 1e3
+
+    def plan(self, choice: _Choice) -> LayerPlan:
+        used = [count for count in choice.counts if count]
+        tier_of = torch.empty_like(self.order, dtype=torch.uint8)
+        tier_of[self.order] = torch.cat(
+            [tier_of.new_full((count,), tier) for tier, count in enumerate(used)]
+        )
+        return LayerPlan(self.tiers(choice.mix, choice.counts), tier_of)
 
 
 def waterfill(
@@ -117,60 +225,53 @@ def waterfill(
 ) -> dict[str, LayerPlan]:
     """Planes per column by reverse water-filling over all layers under one budget of stored bits.
 
-    damage [k]: loss if a column were dropped; p planes leave DISTORTION[p] of it. Every column
-    takes the p with the least damage * DISTORTION[p] + price * n * p, and the price of a bit is
-    searched until the stored bits, scales and tier bytes included, just fit. tiers_for(counts):
-    tiers for so many columns at 0, 1, … planes. Raises UsageError naming the least bits.
+    damage [k]: loss if a column were dropped; p planes leave DISTORTION[p] of it. Each layer takes
+    the tiers and each column the planes with the least damage left + price * stored bits, the
+    bytes of scales and masks included, and the price of a bit is searched until all just fit.
+    tiers_for(counts): tiers for so many columns at 0, 1, … planes. Raises UsageError naming the
+    least bits.
     """
-
-    def plans_at(price: float) -> dict[str, LayerPlan]:
-        return {
-            name: _layer_plan(_planes(d, price * rows[name]), tiers_for)
-            for name, d in damage.items()
-        }
-
-    least = stored_bits(plans_at(math.inf), rows)
-    if least > bits:
-        raise UsageError(
-            f"{bits:g} bits cannot hold the masks of this model; "
-            f"the least is --bits {math.ceil(1000 * least) / 1000:.3f}"
-        )
-    high = max(float(d.max()) / rows[n] for n, d in damage.items()) + 1e-30
+    layers = {name: _Layer.of(d, rows[name], tiers_for) for name, d in damage.items()}
+    budget = bits * sum(layer.n * layer.k for layer in layers.values())
+    prices = [layer.prices() for layer in layers.values()]
     # prices span as many decades as damages do, so the search halves their ratio, not their gap
-    low, best = high * 1e-12, plans_at(high)
-    for _ in range(60):
+    low, high = min(low for low, _ in prices), max(high for _, high in prices)
+    best = {name: layer.best(high) for name, layer in layers.items()}
+    _check_budget(sum(choice.bits for choice in best.values()), budget, bits)
+    for _ in range(40):
         price = math.sqrt(low * high)
-        plans = plans_at(price)
-        if stored_bits(plans, rows) <= bits:
-            best, high = plans, price
+        found = {name: layer.best(price) for name, layer in layers.items()}
+        if sum(choice.bits for choice in found.values()) <= budget:
+            best, high = found, price
         else:
             low = price
-    return best
+    return {name: layer.plan(best[name]) for name, layer in layers.items()}
 
 
-def _planes(damage: Tensor, price: float) -> Tensor:
-    """int64 [k]: planes of each column at a price per plane."""
-    planes = torch.arange(len(DISTORTION), device=damage.device)
-    if math.isinf(price):
-        return torch.zeros(len(damage), dtype=torch.int64, device=damage.device)
-    left = torch.tensor(DISTORTION, dtype=torch.float64, device=damage.device)
-    return (damage.double()[:, None] * left + price * planes).argmin(1)
+def waterfill_each(
+    damage: Mapping[str, Float[Tensor, " k"]],
+    rows: Mapping[str, int],
+    bits: float,
+    tiers_for: Callable[[list[int]], tuple[Tier, ...]],
+) -> dict[str, LayerPlan]:
+    """`waterfill` with the same bits for every layer; what one leaves over goes to the next."""
+    plans: dict[str, LayerPlan] = {}
+    left = 0.0
+    for name, d in damage.items():
+        layer = _Layer.of(d, rows[name], tiers_for)
+        left += bits * layer.n * layer.k
+        choice = layer.within(left)
+        if choice is None:
+            _check_budget(layer.best(layer.prices()[1]).bits, left, bits)
+        assert choice is not None
+        plans[name] = layer.plan(choice)
+        left -= choice.bits
+    return plans
 
 
-def _layer_plan(planes: Tensor, tiers_for: Callable[[list[int]], tuple[Tier, ...]]) -> LayerPlan:
-    """Tiers of a layer, without the levels too few columns asked for.
-
-    These go to the next level below that is in use; the lowest goes to the next above, since no
-    planes at all is another thing than few.
-    """
-    planes = planes.clone()
-    for p in range(len(DISTORTION) - 1, 0, -1):
-        others = planes[planes != p]
-        if len(others) and 0 < len(planes) - len(others) < LEAST_COLUMNS:
-            below = others[others < p]
-            planes[planes == p] = below.max() if len(below) else others.min()
-    counts = torch.bincount(planes, minlength=len(DISTORTION)).tolist()
-    used = [p for p, count in enumerate(counts) if count]
-    rank = torch.zeros(len(counts), dtype=torch.uint8, device=planes.device)
-    rank[used] = torch.arange(len(used), dtype=torch.uint8, device=planes.device)
-    return LayerPlan(tiers_for(counts), rank[planes].cpu())
+def _check_budget(least: int, budget: float, bits: float) -> None:
+    if least > budget:
+        raise UsageError(
+            f"{bits:g} bits cannot hold the masks of this model; the least is --bits "
+            f"{math.ceil(1000 * bits * least / budget) / 1000:.3f}"
+        )

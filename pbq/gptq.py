@@ -269,6 +269,10 @@ def _collect(
         mine = [grid for run, grid in zip(runs, grids, strict=True) if run.tier == t]
         stored_planes = min(tier.planes, 1) if tier.tied else tier.planes
         scale, offset = like.new_zeros(len(like), 0, stored_planes), like.new_zeros(len(like), 0)
+        for grid in mine if tier.tied else []:
+            power = 2.0 ** torch.arange(tier.planes, device=like.device)
+            if not torch.equal(grid.scale, grid.scale[:, :1] * power):
+                raise ValueError(f"tier {t} ties its planes, but the grid fitted to it does not")
         if mine:
             scale = torch.stack([grid.scale[:, :stored_planes] for grid in mine], 1)
             offset = torch.stack([grid.offset for grid in mine], 1)

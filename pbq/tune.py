@@ -155,11 +155,6 @@ class TunableWeight(nn.Module):
         moved = None if offset is None else (offset + self.offset[t] * self._unit[t]) * row
         return self._scale0[t] * self.scale[t] * row, moved
 
-    def factors(self, t: int) -> list[int]:
-        """How many times each stored scale's step plane p moves a weight: 2**p where tied."""
-        planes = range(self.tiers[t].planes)
-        return [2**p if self.tiers[t].tied else 1 for p in planes]
-
     def per_column(self, t: int, numbers: Tensor) -> Tensor:
         """[G, ...] numbers of groups -> [c, ...], or [1, ...] where one group is all."""
         return numbers if self.tiers[t].groups == 1 else numbers[self._group_of[t]]
@@ -169,20 +164,30 @@ class TunableWeight(nn.Module):
         sums = x.new_zeros(self.tiers[t].groups, x.shape[1])
         return sums.index_add(0, self._group_of[t], x)
 
+    def even(self, t: int) -> bool:
+        """Are the tier's levels equally spaced: scale * (2 code - steps) + offset?"""
+        return self.tiers[t].planes == 1 or (self.tiers[t].tied and self.tiers[t].planes > 1)
+
     def values(self, t: int, codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
         """Codes uint8 [c, n] -> weights float32 [c, n], on scale [G, S, n] and offset [G, n]."""
         scale = self.per_column(t, scale)
         W = torch.zeros(codes.shape, device=codes.device)
-        if offset is not None:
-            W += self.per_column(t, offset)
-        for p, factor in enumerate(self.factors(t)):
-            step = scale[:, 0 if self.tiers[t].tied else p] * factor
-            W += torch.where(bit(codes, p), step, -step)
-        return W
+        if self.even(t):
+            W = self.position(t, codes).mul_(scale[:, 0])
+        else:
+            for p in range(self.tiers[t].planes):
+                W += torch.where(bit(codes, p), scale[:, p], -scale[:, p])
+        return W if offset is None else W.add_(self.per_column(t, offset))
+
+    def position(self, t: int, codes: Tensor) -> Tensor:
+        """Of equally spaced levels, in half steps from the middle: odd numbers, float32 [c, n]."""
+        return codes.float().mul_(2).sub_(2 ** self.tiers[t].planes - 1)
 
     @torch.no_grad()
     def _nearest(self, t: int, latent: Tensor) -> Tensor:
         """Nearest codes uint8 [c, n] of latent weights [c, n] on the current levels."""
+        if self.even(t):
+            return self._nearest_even(t, latent)
         codes = torch.zeros(latent.shape, dtype=torch.uint8, device=latent.device)
         for g in range(self.tiers[t].groups if self.tiers[t].planes else 0):
             rows = slice(None) if self.tiers[t].groups == 1 else self._group_of[t] == g
@@ -193,6 +198,15 @@ class TunableWeight(nn.Module):
                 rank += latent[rows] > boundary
             codes[rows] = code.T.gather(0, rank.long()).to(torch.uint8)
         return codes
+
+    def _nearest_even(self, t: int, latent: Tensor) -> Tensor:
+        scale, offset = self._numbers(t)
+        half = self.per_column(t, scale)[:, 0]
+        # levels that coincide all have the same value: which code is chosen does not matter
+        step = torch.where(half == 0, 1.0, 2 * half)
+        steps = 2 ** self.tiers[t].planes - 1
+        x = latent / step if offset is None else (latent - self.per_column(t, offset)) / step
+        return x.add_(steps / 2).round_().clamp_(0, steps).to(torch.uint8)
 
     def _grid(self, t: int, g: int) -> Grid:
         scale, offset = self._numbers(t)
@@ -219,7 +233,8 @@ class TunableWeight(nn.Module):
 
     def split(self, W: Tensor) -> Sequence[Tensor]:
         """Inverse of `assemble`."""
-        return W.T.index_select(0, self._order).split([t.columns for t in self.tiers])
+        # a transposed copy first: picking rows of memory is many times faster than columns
+        return W.T.contiguous().index_select(0, self._order).split([t.columns for t in self.tiers])
 
     @torch.no_grad()
     def freeze(self) -> QuantizedWeight:
@@ -274,33 +289,32 @@ class _FromCodes(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dW: Tensor) -> Any:
         own, codes = ctx.own, ctx.codes
-        parts = own.split(dW)
+        parts = [part.float() for part in own.split(dW)]
         scales = [_scale_gradient(own, t, codes[t], parts[t]) for t in range(len(codes))]
         offsets = [
             _per_group(own, t, parts[t]) if tier.offset else None
             for t, tier in enumerate(own.tiers)
         ]
-        latents = [part.float() for part in parts] if ctx.count == 3 else []
+        latents = parts if ctx.count == 3 else []
         return (None, None, *scales, *offsets, *latents)
 
 
 def _scale_gradient(own: TunableWeight, t: int, codes: Tensor, dW: Tensor) -> Tensor:
     """[G, S, n]."""
-    planes = [
-        _per_group(own, t, torch.where(bit(codes, p), dW, -dW)) * factor
-        for p, factor in enumerate(own.factors(t))
-    ]
+    planes = own.tiers[t].planes
     if not planes:
-        return dW.new_zeros(own.tiers[t].groups, 0, dW.shape[1], dtype=torch.float32)
-    stacked = torch.stack(planes, 1)
-    return stacked.sum(1, keepdim=True) if own.tiers[t].tied else stacked
+        return dW.new_zeros(own.tiers[t].groups, 0, dW.shape[1])
+    if own.even(t):
+        return _per_group(own, t, own.position(t, codes).mul_(dW))[:, None]
+    signed = [_per_group(own, t, torch.where(bit(codes, p), dW, -dW)) for p in range(planes)]
+    return torch.stack(signed, 1)
 
 
 def _per_group(own: TunableWeight, t: int, x: Tensor) -> Tensor:
-    """[c, n] summed over the columns of each group, float32 [G, n]."""
+    """[c, n] summed over the columns of each group, [G, n]."""
     if own.tiers[t].groups == 1:
-        return x.sum(0, keepdim=True, dtype=torch.float32)
-    return own.group_sums(t, x.float())
+        return x.sum(0, keepdim=True)
+    return own.group_sums(t, x)
 
 
 def relative_mse(y: Tensor, target: Tensor) -> Tensor:

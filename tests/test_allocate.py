@@ -1,6 +1,7 @@
 """The bits budget: as many fine columns as the stored bytes allow, and honest refusals."""
 
 import itertools
+import math
 import re
 
 import pytest
@@ -10,12 +11,12 @@ from hypothesis import strategies as st
 
 from pbq.allocate import (
     DISTORTION,
-    LEAST_COLUMNS,
     LayerPlan,
     most_columns,
     stored_bits,
     tiers_of,
     waterfill,
+    waterfill_each,
 )
 from pbq.errors import UsageError
 from pbq_kernels.layout import Tier, WeightLayout
@@ -128,7 +129,7 @@ def test_model_bits_weigh_layers_by_size_and_equal_the_packed_bytes(random_packe
 
 
 def tiers_of_counts(counts):
-    return tuple(Tier(p, count) for p, count in enumerate(counts) if count)
+    return tuple(Tier(p, count, tied=p > 1) for p, count in enumerate(counts) if count)
 
 
 def damages(seed=0, spread=1.5):
@@ -187,29 +188,45 @@ def test_waterfill_leaves_less_damage_than_two_tiers(seed):
     assert left_of(plans, damage) < 0.85 * left_of(two, damage)
 
 
-def test_waterfill_on_four_columns_by_trying_every_assignment(monkeypatch):
-    """Where levels may be small, no assignment within the same bits of planes leaves less."""
-    monkeypatch.setattr("pbq.allocate.LEAST_COLUMNS", 0)
-    damage = {"a": torch.tensor([1.0, 3.0, 30.0, 300.0])}
-    for bits in (20.0, 30.0, 40.0, 50.0):  # 16 bits a scale: most of what is stored
-        plans = waterfill(damage, {"a": 100}, bits, tiers_of_counts)
-        spent = int(planes_of(plans["a"]).sum())
-        every = itertools.product(range(5), repeat=4)
-        kept = torch.tensor(DISTORTION)
-        least = min(float((damage["a"] * kept[list(p)]).sum()) for p in every if sum(p) == spent)
-        assert left_of(plans, damage) == pytest.approx(least, rel=1e-6)
+@pytest.mark.parametrize("bits", [0.9, 1.3, 1.61, 2.4])
+def test_no_assignment_of_eights_within_the_bits_leaves_less(bits):
+    """Four groups of eight columns: every assignment of planes tried, masks and scales paid."""
+    g = torch.Generator().manual_seed(1)
+    damage = torch.tensor([1.0, 3.0, 20.0, 70.0]).repeat_interleave(8) * (
+        1 + torch.rand(32, generator=g)
+    )
+    n, kept = 400, torch.tensor(DISTORTION)
+    least = math.inf
+    for p in itertools.product(range(5), repeat=4):
+        planes = torch.tensor(p).repeat_interleave(8)
+        counts = torch.bincount(planes, minlength=5).tolist()
+        if bits_of(n, 32, tiers_of_counts(counts)) <= bits:
+            least = min(least, float((damage * kept[planes]).sum()))
+    plans = waterfill_each({"a": damage}, {"a": n}, bits, tiers_of_counts)
+    assert left_of(plans, {"a": damage}) == pytest.approx(least, rel=1e-6)
 
 
-def test_waterfill_drops_levels_of_few_columns_but_never_prunes_for_it():
-    few, many = torch.full((10,), 0.5), torch.rand(300) + 1
-    plan = waterfill({"a": torch.cat([many, few])}, {"a": 300}, 2.2, tiers_of_counts)["a"]
-    assert [(t.planes, t.columns) for t in plan.tiers] == [(2, 310)]
-    # a layer of fewer columns than a level should have keeps one level
-    small = waterfill({"a": torch.rand(20) + 1}, {"a": 64}, 5.0, tiers_of_counts)["a"]
-    assert [t.columns for t in small.tiers] == [20]
-    assert small.tiers[0].planes > 0
-    for plan in waterfill(*damages(), 1.61, tiers_of_counts).values():
-        assert all(t.columns >= LEAST_COLUMNS for t in plan.tiers if t.planes)
+def test_a_flat_layer_with_one_outlier_spends_its_bits():
+    """No price of a bit makes a second tier pay here, but the bits are there to be used."""
+    damage = torch.linspace(1, 1.001, 1536)
+    damage[3] = 1e5
+    plan = waterfill_each({"a": damage}, {"a": 576}, 1.61, tiers_of_counts)["a"]
+    assert stored_bits({"a": plan}, {"a": 576}) > 1.59
+    assert planes_of(plan)[3] == 4
+    assert sum(t.columns for t in plan.tiers if t.planes == 2) > 700
+
+
+@pytest.mark.parametrize("bits", [0.8, 1.1, 1.61, 2.0, 3.0])
+def test_every_layer_gets_the_same_bits_and_leaves_the_rest_to_the_next(bits):
+    damage, rows = damages()
+    plans = waterfill_each(damage, rows, bits, tiers_of_counts)
+    spent = weights = 0
+    for name, plan in plans.items():
+        layout = plan.layout(rows[name])
+        spent, weights = spent + layout.stored_bits, weights + layout.n * layout.k
+        assert spent <= bits * weights
+        assert layout.bits_per_weight == pytest.approx(bits, abs=0.05)
+    assert stored_bits(plans, rows) > bits - 0.03
 
 
 def test_waterfill_of_no_damage_prunes_everything():

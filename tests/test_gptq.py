@@ -582,3 +582,21 @@ def test_every_tensor_is_made_on_the_weight_s_device(kind, monkeypatch):
         qw, _, _ = quantize_weight(W, H, tiers, tier_of, fit)
         W_hat = qw.dequantize()
     assert torch.equal(W_hat, expected)
+
+
+def test_a_tied_tier_refuses_a_grid_that_is_not():
+    W, H = drawn_for_ties()
+    with pytest.raises(ValueError, match="tier 0 ties its planes"):
+        quantize_weight(
+            W,
+            H,
+            (Tier(2, 24, tied=True),),
+            torch.zeros(24, dtype=torch.uint8),
+            lambda W, weight, tier, row: fit_planes(W, weight, tier.planes),
+        )
+
+
+def drawn_for_ties():
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(200, 24, generator=g)
+    return torch.randn(8, 24, generator=g), X.T @ X / 200

@@ -12,6 +12,7 @@ from pbq.grid import (
     TierGrid,
     _uniform,
     fit_planes,
+    fit_symmetric,
     fit_uniform,
     signs,
     stored,
@@ -236,7 +237,31 @@ def test_the_search_gains_on_heavy_tails():
     assert distortion(W, fit_uniform(W, weight, 3)).sum() < 0.8 * plain
 
 
-@pytest.mark.parametrize("fit", [fit_planes, fit_uniform])
+@pytest.mark.parametrize(("planes", "best"), [(1, 0.3634), (2, 0.1188), (3, 0.03744), (4, 0.01154)])
+def test_symmetric_fit_on_gaussian_data_is_close_to_the_best_uniform_quantizer(planes, best):
+    """Max 1960, table II."""
+    torch.manual_seed(0)
+    W, weight = torch.randn(16, 8192), torch.ones(8192)
+    grid = fit_symmetric(W, weight, planes)
+    assert distortion(W, grid).mean() == pytest.approx(best, rel=0.03)
+    assert not grid.offset.any()
+    assert torch.equal(grid.scale, grid.scale[:, :1] * 2.0 ** torch.arange(planes))
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3, 4])
+def test_symmetric_fit_is_as_good_as_a_fine_search_over_its_only_number(planes):
+    torch.manual_seed(1)
+    W, weight = torch.randn(9, 63) ** 3, torch.rand(63)
+    found = distortion(W, fit_symmetric(W, weight, planes), weight)
+    power, least = 2.0 ** torch.arange(planes), torch.full((9,), torch.inf)
+    size = W.pow(2).mean(1).sqrt()
+    for factor in torch.linspace(0.02, 3, 300).tolist():
+        grid = Grid(stored(size * factor)[:, None] * power, torch.zeros(9))
+        least = torch.minimum(least, distortion(W, grid, weight))
+    assert (found <= 1.1 * least).all()
+
+
+@pytest.mark.parametrize("fit", [fit_planes, fit_uniform, fit_symmetric])
 def test_scaling_by_two_scales_the_grid_by_two(fit):
     torch.manual_seed(0)
     W, weight = torch.randn(5, 96), torch.rand(96)
@@ -248,7 +273,7 @@ def test_scaling_by_two_scales_the_grid_by_two(fit):
 def test_rows_are_fitted_independently():
     torch.manual_seed(0)
     W, weight = torch.randn(6, 63), torch.rand(63)
-    for fit in (fit_planes, fit_uniform):
+    for fit in (fit_planes, fit_uniform, fit_symmetric):
         whole, part = fit(W, weight, 2), fit(W[2:3], weight, 2)
         torch.testing.assert_close(whole.scale[2:3], part.scale, atol=0, rtol=2**-10)
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pbq.allocate import LayerPlan, PlanInput, waterfill
+from pbq.allocate import LayerPlan, PlanInput, waterfill, waterfill_each
 from pbq.config import QuantConfig
-from pbq.grid import Grid, fit_planes
+from pbq.grid import Grid, fit_planes, fit_symmetric
 from pbq.methods import refuse_options
 from pbq.tune import Distillation, Recipe
 from pbq_kernels.layout import Tier
@@ -33,12 +33,14 @@ class Waterfill:
         rows = {n: x.W.shape[0] for n, x in layers.items()}
         if self.scope == "model":
             return waterfill(damage, rows, config.bits, _tiers)
-        return {
-            n: waterfill({n: d}, {n: rows[n]}, config.bits, _tiers)[n] for n, d in damage.items()
-        }
+        return waterfill_each(damage, rows, config.bits, _tiers)
 
     def fit(self, W: Tensor, weight: Tensor, tier: Tier, row: Tensor) -> Grid:
-        return fit_planes(W, weight, tier.planes)
+        return (
+            fit_symmetric(W, weight, tier.planes)
+            if tier.tied
+            else fit_planes(W, weight, tier.planes)
+        )
 
     def recipe(self, config: QuantConfig) -> Recipe:
         steps = {"fast": 60, "default": 400, "best": 2000}[config.effort]
@@ -51,7 +53,7 @@ class Waterfill:
 
 
 def _tiers(counts: list[int]) -> tuple[Tier, ...]:
-    return tuple(Tier(p, count) for p, count in enumerate(counts) if count)
+    return tuple(Tier(p, count, tied=p > 1) for p, count in enumerate(counts) if count)
 
 
 def method(config: QuantConfig) -> Waterfill:
