@@ -24,7 +24,7 @@ from pbq.grid import QuantizedWeight
 from pbq.hessian import damp, proxy_loss
 from pbq.methods import Method, placement
 from pbq.models import run_block, set_weight, shared_inputs, weight_of
-from pbq.tune import Recipe
+from pbq.tune import Recipe, held_out
 
 
 @dataclass
@@ -208,13 +208,15 @@ class BlockQuantizer:
     def _hessian_batches(self, count: int) -> list[int]:
         """Evenly spread batches with at least `hessian_tokens` tokens between them, or all.
 
-        Neighbouring blocks take other batches where there are enough: compensation fits the
-        tokens it sees better than the rest, and must not go on from its own residues.
+        Never those that later stages are judged by (tune.held_out). Neighbouring blocks take other
+        batches where there are enough: compensation fits the tokens it sees better than the rest,
+        and must not go on from its own residues.
         """
+        usable = [i for i in range(count) if i not in set(held_out(count))]
         per_batch = self.config.nsamples * self.config.seqlen / count
-        wanted = min(count, max(1, math.ceil(self.recipe.hessian_tokens / per_batch)))
-        turn = self.index % (count // wanted)
-        return [i * count // wanted + turn for i in range(wanted)]
+        wanted = min(len(usable), max(1, math.ceil(self.recipe.hessian_tokens / per_batch)))
+        turn = self.index % (len(usable) // wanted)
+        return [usable[i * len(usable) // wanted + turn] for i in range(wanted)]
 
     @torch.no_grad()
     def _original_pass(

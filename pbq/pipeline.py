@@ -50,7 +50,7 @@ from pbq.models import (
 from pbq.pack import pack, unpack
 from pbq.report import RunReport, write_checkpoint
 from pbq.sources import resolve_source
-from pbq.tune import TunableWeight, distill, tune_block
+from pbq.tune import TunableWeight, distill, held_out, tune_block
 from pbq.work import Work, check_target
 from pbq_kernels import PackedWeight, WeightLayout
 
@@ -338,6 +338,8 @@ class _Run:
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         settings = self.recipe.distillation
         assert settings is not None
+        judges = set(held_out(len(rows)))
+        unseen = [i in judges for i, batch in enumerate(rows) for _ in batch]
         # one row at a time: the activations of the whole model are kept for the backward pass
         rows = [row for batch in rows for row in batch.split(1)]
         hidden = [row for batch in hidden for row in batch.split(1)]
@@ -367,6 +369,7 @@ class _Run:
             weights,
             norms,
             len(rows),
+            [i for i, judge in enumerate(unseen) if judge],
             settings,
             self.config.seed,
             progress=self.observer.step,

@@ -367,12 +367,19 @@ class Tuned:
     kept: bool
 
 
+def held_out(rows: int) -> list[int]:
+    """Rows that nothing is fitted to: one in sixteen, evenly spread; none of fewer than four."""
+    count = max(1, rows // 16) if rows >= 4 else 0
+    return [(2 * i + 1) * rows // (2 * count) for i in range(count)]
+
+
 def optimise(
     loss: Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor]], Tensor],
     weights: Mapping[str, TunableWeight],
     norms: Mapping[str, Tensor],
     *,
     rows: int,
+    unseen: Sequence[int],
     steps: Callable[[int], int],
     rates: Rates,
     seed: int,
@@ -380,22 +387,20 @@ def optimise(
 ) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], Tuned]:
     """Train weights and norms on `loss(row, dense weights, norm gains)`; keep the better state.
 
-    One row in sixteen is held out (one at least); `steps` says how many steps to take over the
-    others, in shuffled epochs. If training does not lower the held-out loss of what would be
-    stored, everything comes back as it was.
+    The rows in `unseen` are only scored; `steps` says how many steps to take over the others, in
+    shuffled epochs. If training does not lower the loss of what would be stored on the unseen rows
+    (on all, where none are), everything comes back as it was.
     """
     masters = {name: nn.Parameter(w.detach().float()) for name, w in norms.items()}
     groups = [group for w in weights.values() for group in w.groups(rates)]
     groups.append((list(masters.values()), rates.norm_lr))
     generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(rows, generator=generator).tolist()
-    count = max(1, rows // 16) if rows > 1 else 0
-    held_out, train = shuffled[:count] or shuffled, shuffled[count:] or shuffled
+    train = [i for i in range(rows) if i not in set(unseen)]
 
     @torch.no_grad()
     def score(W: Mapping[str, QuantizedWeight], gains: Mapping[str, Tensor]) -> float:
         dense = {name: qw.dequantize() for name, qw in W.items()}
-        return float(torch.stack([loss(i, dense, gains) for i in held_out]).mean())
+        return float(torch.stack([loss(i, dense, gains) for i in unseen or train]).mean())
 
     start = {name: w.freeze() for name, w in weights.items()}
     before = score(start, norms)
@@ -448,6 +453,7 @@ def tune_block(
         weights,
         norms,
         rows=len(inputs),
+        unseen=held_out(len(inputs)),
         steps=lambda train: round(tuning.epochs * train),
         rates=tuning,
         seed=seed,
@@ -465,13 +471,15 @@ def distill(
     weights: Mapping[str, TunableWeight],
     norms: Mapping[str, Tensor],
     rows: int,
+    unseen: Sequence[int],
     distillation: Distillation,
     seed: int,
     progress: Progress | None = None,
 ) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], Tuned]:
     """Train the whole model towards the original's next-token distribution, see `optimise`.
 
-    teacher(row): the original model's logits on that row, [b, L, vocabulary].
+    teacher(row): the original model's logits on that row, [b, L, vocabulary]. unseen: rows that no
+    earlier stage was fitted to either; what is kept is judged by them.
     """
 
     def loss(i: int, W: Mapping[str, Tensor], gains: Mapping[str, Tensor]) -> Tensor:
@@ -484,6 +492,7 @@ def distill(
         weights,
         norms,
         rows=rows,
+        unseen=unseen,
         steps=lambda train: distillation.steps,
         rates=distillation,
         seed=seed,

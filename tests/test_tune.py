@@ -19,6 +19,7 @@ from pbq.tune import (
     TunableWeight,
     distill,
     forward_kl,
+    held_out,
     mse_nlc,
     relative_mse,
     tune_block,
@@ -373,10 +374,10 @@ def test_tuning_lowers_the_held_out_loss(weight: QuantizedWeight) -> None:
     assert gains["norm.weight"].dtype == torch.bfloat16
     assert not torch.equal(gains["norm.weight"], toy.norms["norm.weight"])
     # the reported losses are those of what would be stored, on the rows that were held out
-    held_out = [i for i, x in enumerate(toy.inputs) if id(x) not in toy.trained_on]
-    assert len(held_out) == 1
-    before = toy.loss(weight.dequantize(), toy.norms["norm.weight"], held_out)
-    after = toy.loss(scales["a"].dequantize(), gains["norm.weight"], held_out)
+    unseen = [i for i, x in enumerate(toy.inputs) if id(x) not in toy.trained_on]
+    assert unseen == held_out(20) and len(unseen) == 1
+    before = toy.loss(weight.dequantize(), toy.norms["norm.weight"], unseen)
+    after = toy.loss(scales["a"].dequantize(), gains["norm.weight"], unseen)
     assert scales_only.before == pytest.approx(before, rel=1e-5)
     assert scales_only.after == pytest.approx(after, rel=1e-5)
     pack(scales["a"])  # every number is rounded to float16 already
@@ -418,14 +419,14 @@ def test_tuning_is_deterministic_for_a_seed(weight: QuantizedWeight) -> None:
     assert not torch.equal(once(2).dequantize(), first.dequantize())
 
 
-@pytest.mark.parametrize(("rows", "held_out"), [(1, 0), (2, 1), (31, 1), (32, 2)])
+@pytest.mark.parametrize(("rows", "unseen"), [(1, 0), (3, 0), (4, 1), (31, 1), (32, 2)])
 def test_one_row_in_sixteen_is_never_trained_on(
-    rows: int, held_out: int, weight: QuantizedWeight
+    rows: int, unseen: int, weight: QuantizedWeight
 ) -> None:
     toy, seen = Toy(weight, rows=rows, tokens=3), []
     tune(toy, TunableWeight(weight), BlockTuning(epochs=2), progress=lambda *at: seen.append(at))
-    assert len(toy.trained_on) == rows - held_out
-    steps = 2 * (rows - held_out)
+    assert len(toy.trained_on) == rows - unseen
+    steps = 2 * (rows - unseen)
     assert seen == [(i + 1, steps) for i in range(steps)]
 
 
@@ -458,16 +459,22 @@ def test_distillation_meets_the_teachers_distribution(weight: QuantizedWeight) -
         {"a": TunableWeight(weight)},
         toy.norms,
         len(toy.inputs),
+        [7],
         Distillation(steps=60, lr=2e-2),
         seed=0,
         progress=lambda *at: seen.append(at),
     )
     assert seen[-1] == (60, 60) and tuned.kept and tuned.after < 0.1 * tuned.before
     assert torch.equal(found["a"].codes, weight.codes)
-    held_out = [i for i, x in enumerate(toy.inputs) if id(x) not in toy.trained_on]
-    y = toy.run({"a": found["a"].dequantize()}, gains, toy.inputs[held_out[0]])
-    expected = float(forward_kl(y, toy.targets[held_out[0]]))
-    assert len(held_out) == 1 and tuned.after == pytest.approx(expected, rel=1e-5)
+    assert [i for i, x in enumerate(toy.inputs) if id(x) not in toy.trained_on] == [7]
+    y = toy.run({"a": found["a"].dequantize()}, gains, toy.inputs[7])
+    assert tuned.after == pytest.approx(float(forward_kl(y, toy.targets[7])), rel=1e-5)
+
+
+def test_held_out_rows_are_spread_evenly() -> None:
+    assert [len(held_out(n)) for n in (1, 3, 4, 16, 31, 32, 64)] == [0, 0, 1, 1, 1, 2, 4]
+    assert held_out(32) == [8, 24]
+    assert all(0 <= i < n for n in range(1, 200) for i in held_out(n))
 
 
 def test_a_grid_of_two_equal_levels_keeps_its_value() -> None:

@@ -20,6 +20,9 @@ from pbq.methods import refuse_options
 from pbq.tune import Distillation, Recipe
 from pbq_kernels.layout import Tier
 
+# Steps of distillation, of one calibration row each.
+STEPS = {"fast": 30, "default": 300, "best": 1500}
+
 
 @dataclass(frozen=True)
 class Waterfill:
@@ -43,8 +46,13 @@ class Waterfill:
         )
 
     def recipe(self, config: QuantConfig) -> Recipe:
-        steps = {"fast": 60, "default": 400, "best": 2000}[config.effort]
-        return Recipe(distillation=Distillation(steps=steps))
+        fast = config.effort == "fast"
+        return Recipe(
+            hessian_tokens=16384 if fast else 32768,
+            distillation=Distillation(
+                steps=STEPS[config.effort], lr=2e-3, norm_lr=2e-3, latent_lr=3e-3
+            ),
+        )
 
     def paper_bits(self, plans: Mapping[str, LayerPlan], rows: Mapping[str, int]) -> float:
         """No paper: the planes alone, as others would count them."""
