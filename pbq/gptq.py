@@ -214,12 +214,12 @@ def quantize_weight(
     joint is `reconstruct_jointly`. salient: entries for the overlay, on a scale taken from W.
     column_scale: what comes off the columns first, representable in float16 and above zero.
     """
+    if salient is not None and (joint or column_scale is not None):
+        raise ValueError("an overlay goes with neither a column scale nor blocks rounded at once")
     tier_of = tier_of.to(W.device)
-    if column_scale is not None:
-        # E H Eᵀ of the scaled weight in the scaled metric is that of the weight itself
-        W_s, H_s = W / column_scale, H * column_scale[:, None] * column_scale
-    else:
-        W_s, H_s = W, H
+    # E H Eᵀ of the scaled weight in the scaled metric is that of the weight itself
+    unit = torch.ones_like(W[0]) if column_scale is None else column_scale
+    W_s, H_s = W / unit, H * unit[:, None] * unit
     importance = H_s.diagonal() * W_s.pow(2).sum(0)
     if natural_order:
         importance = torch.zeros_like(importance)  # the sort is stable
@@ -240,9 +240,6 @@ def quantize_weight(
             W_s[:, order], U, tiers, runs, fit, block_size=block_size, overlay=overlay
         )
     inverse = torch.argsort(order)
-    compensated = compensated[:, inverse]
-    if column_scale is not None:
-        compensated = compensated * column_scale
     qw = QuantizedWeight(
         tuple(tiers),
         tier_of,
@@ -257,7 +254,7 @@ def quantize_weight(
         for _ in range(sweeps):
             coordinate_descent(W, H_damped, qw, block_size=block_size)
             refit_scales(W, H_damped, qw)
-    return qw, compensated, damping
+    return qw, compensated[:, inverse] * unit, damping
 
 
 def _collect(

@@ -465,11 +465,13 @@ class _Run:
     def install(self, packed: Mapping[str, PackedWeight], calibration: Calibration) -> None:
         """Swap the dense linears for packed ones; from here on the model is what will be loaded."""
         self.report.calibration = calibration.label()
+        self.report.notes = methods.notes(self.method, packed)
         linears = self.linears()
         biases = {name: getattr(linears[name], "bias", None) for name in packed}
         quantization = PbqConfig(
             method=self.config.method,
-            bits=self.config.bits,
+            # a paper's recipe promises no budget
+            bits=None if self.config.faithful else self.config.bits,
             provenance={
                 "source": self.report.source,
                 "config": self.config.to_dict(),

@@ -43,8 +43,8 @@ class RunReport:
     bits: stored bits per quantized weight. paper_bits: the paper's own accounting, a label only.
     tiers: by layer, planes, columns and damage of each tier (`note_plan`). histogram: weights of
     one layer before and after. bytes_of: what OUT's tensors take, by kind. samples: what the model
-    made of the same prompts before and after. seconds: per stage. peak_bytes: largest resident
-    memory of the process.
+    made of the same prompts before and after. notes: rows that are the method's own. seconds: per
+    stage. peak_bytes: largest resident memory of the process.
     """
 
     source: str
@@ -66,6 +66,7 @@ class RunReport:
     bytes_of: dict[str, int] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
     distillation: dict[str, Any] | None = None
+    notes: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
 
@@ -140,6 +141,7 @@ class RunReport:
             "whole checkpoint": _change(self.model_bytes_before, self.model_bytes),
             "stored bits per weight": f"{self.bits:.3f} (asked: {self.config['bits']:g})",
             "by the paper's accounting": f"{self.paper_bits:.2f}",
+            **self.notes,
             "bits per parameter, whole model": f"{whole:.2f}",
             "calibration": self.calibration,
         }

@@ -170,7 +170,7 @@ def test_a_criterion_of_another_method_is_refused(criterion: str) -> None:
     with pytest.raises(UsageError, match="pb-llm knows damage, hessian, magnitude"):
         pb_llm(criterion=criterion)
     with pytest.raises(UsageError, match="ptq161 knows damage, absmax, mean-abs"):
-        methods.get("ptq161", QuantConfig(criterion="hessian"))
+        methods.get("ptq161", QuantConfig(method="ptq161", criterion="hessian"))
 
 
 def test_groups_have_levels_of_their_own() -> None:

@@ -18,7 +18,7 @@ from pbq.config import QuantConfig
 from pbq.errors import UsageError
 from pbq.grid import Grid
 from pbq.tune import Recipe
-from pbq_kernels.layout import Tier
+from pbq_kernels.layout import PackedWeight, Tier
 
 
 class Method(Protocol):
@@ -72,6 +72,19 @@ def placement(method: Method, plan: LayerPlan, W: Tensor, H: Tensor) -> Placemen
     if isinstance(method, Places):
         return method.place(plan, W, H)
     return Placement(plan.tiers, plan.tier_of.to(W.device))
+
+
+@runtime_checkable
+class Notes(Protocol):
+    """A method with something of its own to say about what was stored."""
+
+    def notes(self, packed: Mapping[str, PackedWeight]) -> dict[str, str]:
+        """Rows for the closing table of a run."""
+
+
+def notes(method: Method, packed: Mapping[str, PackedWeight]) -> dict[str, str]:
+    """What the method has to say, or nothing."""
+    return method.notes(packed) if isinstance(method, Notes) else {}
 
 
 def names() -> list[str]:

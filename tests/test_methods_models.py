@@ -1,0 +1,57 @@
+"""Every method, and every paper's recipe, from a tiny model to a checkpoint that loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pbq import checkpoint, methods
+from pbq.config import QuantConfig
+from pbq.errors import UsageError
+from pbq.pipeline import quantize
+
+
+def recipes() -> list[QuantConfig]:
+    """Of every method: its own at 3.5 bits, and the paper's where there is one."""
+    found = []
+    for name in methods.names():
+        found.append(QuantConfig(method=name, bits=3.5, effort="fast"))
+        paper = QuantConfig(method=name, effort="fast", faithful=True)
+        try:
+            methods.get(name, paper)
+        except UsageError:
+            continue
+        found.append(paper)
+    # ptq161's own takes 20 epochs and is met in test_pipeline
+    return [c for c in found if not (c.faithful and c.method == "ptq161")]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text("It was a dark and stormy night; the rain fell in torrents. " * 20)
+    return path
+
+
+@pytest.mark.parametrize("config", recipes(), ids=lambda c: c.method + "-faithful" * c.faithful)
+def test_a_model_is_quantized_and_loads(
+    config: QuantConfig, text: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    asked = {**config.to_dict(), "calib": str(text), "nsamples": 2, "seqlen": 16}
+    report = quantize(str(tiny_checkpoint("llama")), tmp_path / "out", QuantConfig(**asked))
+    found = checkpoint.verify(tmp_path / "out")
+    assert found.stored_bits == pytest.approx(report.bits, abs=1e-6)
+    assert found.asked_bits == (None if config.faithful else 3.5)
+    errors = [layer["error"] for block in report.blocks for layer in block["layers"].values()]
+    assert len(errors) == 21 and max(errors) < 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.isfinite(model(torch.arange(16)[None]).logits).all()
+    if config.method == "pb-llm":
+        layers = checkpoint.read_layers(tmp_path / "out").values()
+        assert all(layout.overlay for layout in layers)
+    if config.method == "db-llm":
+        assert "zeros in the two planes" in report.rows()
