@@ -569,7 +569,14 @@ _WEIGHTS = re.compile(
     re.IGNORECASE,
 )
 # The source's config and card describe the unquantized model; an adapter would be applied to OUT.
-_NOT_TRUE_OF_OUT = {"config.json", "adapter_config.json", "README.md"}
+_NOT_TRUE_OF_OUT = {
+    "config.json",
+    "adapter_config.json",
+    "README.md",
+    "report.json",
+    "report.html",
+    "recipe.yaml",
+}
 _SUBFOLDERS = ("additional_chat_templates",)
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
-from pbq.cli_options import Packed
+from pbq.cli_options import AsJson, Packed, Quiet, Trust
+from pbq.console import Console, hush_libraries
 
 app = typer.Typer()
 
@@ -15,3 +20,44 @@ def report(out: Packed) -> None:
     from pbq import html_report
 
     print(html_report.write(out))
+
+
+@app.command(epilog="Example: pbq export out dense")
+def export(
+    out: Packed,
+    dense: Annotated[Path, typer.Argument(help="directory that will be written")],
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16 | float16 | float32, which is exact")
+    ] = "bfloat16",
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a plain checkpoint with the same values, which loads without pbq."""
+    hush_libraries(quiet=quiet)
+    from pbq.export import export
+
+    done = export(out, dense, dtype, trust_remote_code=trust_remote_code)
+    if not quiet:
+        Console().table(done.rows(), title=str(dense))
+
+
+@app.command(epilog="Example: pbq push out me/my-model-pbq --dry-run")
+def push(
+    out: Packed,
+    repo: Annotated[str, typer.Argument(help="ORGANISATION/NAME on the hub")],
+    private: Annotated[bool, typer.Option(help="if the repository is new, make it private")] = True,
+    dry_run: Annotated[bool, typer.Option(help="only print what would be uploaded")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a checkpoint to the Hugging Face hub, once it has been verified."""
+    from pbq import publish
+
+    upload = publish.plan_upload(out, repo, private)
+    if as_json:
+        print(json.dumps(upload.to_dict()))
+    elif dry_run:
+        Console().grid(*upload.grid())
+    if not dry_run:
+        url = publish.push(out, upload)
+        if not as_json:
+            print(url)

@@ -12,6 +12,7 @@ two or more entries in random order: the same model would not be the same file t
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -257,15 +258,27 @@ class PbqQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         # config.dtype is a string once the model has been saved
         resolved = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        with torch.device("meta"):
+            original = type(model)._from_config(_unquantized(model.config))
         for name, linear in list(packed_linears(model)):
-            model.set_submodule(name, _dense(linear, resolved))
+            transposed = isinstance(original.get_submodule(name), Conv1D)
+            model.set_submodule(name, _dense(linear, resolved, transposed))
         return model
 
 
-def _dense(linear: PackedLinear, dtype: torch.dtype) -> nn.Linear:
+def _unquantized(config: Any) -> Any:
+    plain = copy.deepcopy(config)
+    del plain.quantization_config
+    return plain
+
+
+def _dense(linear: PackedLinear, dtype: torch.dtype, transposed: bool) -> nn.Module:
+    """transposed: as a Conv1D, which is what gpt2's own code will load the weight into."""
+    n, k, has_bias = linear.out_features, linear.in_features, linear.bias is not None
+    W = linear.dequantize(dtype)
     with torch.device("meta"):
-        dense = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
-    dense.weight = nn.Parameter(linear.dequantize(dtype), requires_grad=False)
+        dense = Conv1D(n, k) if transposed else nn.Linear(k, n, has_bias)
+    dense.weight = nn.Parameter(W.T.contiguous() if transposed else W, requires_grad=False)
     if linear.bias is not None:
         dense.bias = nn.Parameter(linear.bias.to(dtype), requires_grad=False)
     return dense

@@ -265,16 +265,63 @@ def write_checkpoint(
         html_report.write_if_possible(staging)
 
 
-def model_card(report: RunReport) -> str:
-    """README.md of a packed checkpoint: where it comes from, what it stores, how to load it."""
+# What is as true of the packed model as of the model it was made from.
+_CARRIED_OVER = ("license", "license_name", "license_link", "language")
+
+
+def card_metadata(source_dir: Path) -> dict[str, Any]:
+    """Licence and language from the source's own model card, if it has one that says."""
+    from huggingface_hub import metadata_load
+
+    card = source_dir / "README.md"
+    found = (metadata_load(card) or {}) if card.is_file() else {}
+    return {key: found[key] for key in _CARRIED_OVER if key in found}
+
+
+def _card_head(report: RunReport, source: Mapping[str, Any]) -> str:
+    """The card's metadata as YAML, the perplexity as a result of model-index."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results, after = [], report.after
+    if after is not None:
+        results = [
+            EvalResult(
+                task_type="text-generation",
+                dataset_name=after.file,
+                dataset_type=Path(after.file).stem.lower(),
+                dataset_args={
+                    "windows": after.windows,
+                    "window": after.window,
+                    "sha256": after.sha256,
+                },
+                metric_type="perplexity",
+                metric_name=f"perplexity, {after.label()}",
+                metric_value=round(after.ppl, 4),
+            )
+        ]
+    base = {"base_model": report.source, "base_model_relation": "quantized"}
+    data = ModelCardData(
+        **(base if _is_hub_id(report.source) else {}),
+        **source,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pbq", "quantized", report.config["method"]],
+        model_name=f"{Path(report.source).name}, pbq {report.bits:.2f} bits",
+        eval_results=results or None,
+    )
+    return str(data.to_yaml())
+
+
+def model_card(report: RunReport, source: Mapping[str, Any] | None = None) -> str:
+    """README.md of a packed checkpoint: where it comes from, what it stores, how to load it.
+
+    source: what `card_metadata` found.
+    """
     config = report.config
-    base = f"base_model: {report.source}\n" if _is_hub_id(report.source) else ""
     table = "\n".join(f"| {name} | {value} |" for name, value in report.rows().items())
     options = ", ".join(f"`{name}={value}`" for name, value in config.items())
     return f"""---
-{base}library_name: transformers
-pipeline_tag: text-generation
-tags: [pbq, quantized, {config["method"]}]
+{_card_head(report, source or {})}
 ---
 # {Path(report.source).name}, {report.bits:.2f} stored bits per weight
 

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Once, before anything else: an unreachable hub is told in seconds, not after a client's retries.
 _HUB_TIMEOUT_S = 5.0
-_ALWAYS = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*"]
+_ALWAYS = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*", "README.md"]
 
 
 @dataclass(frozen=True)

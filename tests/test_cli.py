@@ -24,15 +24,38 @@ import torch
 from typer.testing import CliRunner
 
 import pbq
-from pbq import checkpoint, contents, demo, generation, html_report, methods, pipeline, scoring
+from pbq import (
+    checkpoint,
+    contents,
+    demo,
+    export,
+    generation,
+    html_report,
+    methods,
+    pipeline,
+    publish,
+    scoring,
+)
 from pbq.cli import app
 from pbq.console import Console, run_guarded
 from pbq.errors import NumericalError, ResourceError
 from pbq_kernels.layout import Tier, WeightLayout
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ["quantize", "plan", "eval", "generate", "chat", "demo", "inspect", "verify", "report"]
-COMMANDS += ["compare"]
+COMMANDS = [
+    "quantize",
+    "plan",
+    "compare",
+    "eval",
+    "generate",
+    "chat",
+    "demo",
+    "inspect",
+    "verify",
+    "report",
+    "export",
+    "push",
+]
 
 Invoke = Callable[..., tuple[int, str, str]]
 
@@ -154,6 +177,8 @@ def test_the_examples_are_commands_that_parse(invoke: Invoke, monkeypatch: Any) 
         (scoring, "score_models"),
         (generation.Writer, "load"),
         (demo, "demo_model"),
+        (export, "export"),
+        (publish, "plan_upload"),
         (checkpoint, "verify"),
         (contents, "describe_layer"),
         (html_report, "write"),

@@ -18,7 +18,7 @@ from pbq.allocate import ChannelStats, LayerPlan, PlanInput
 from pbq.config import QuantConfig
 from pbq.evaluate import Perplexity
 from pbq.linear import PackedLinear
-from pbq.report import RunReport, model_card, peak_bytes, write_checkpoint
+from pbq.report import RunReport, card_metadata, model_card, peak_bytes, write_checkpoint
 from pbq.sources import Source
 from pbq_kernels.layout import Tier
 
@@ -170,16 +170,37 @@ def test_rows_are_what_a_person_wants_to_know() -> None:
 def test_the_card_has_valid_metadata_and_says_what_was_not_measured(tmp_path: Path) -> None:
     card = model_card(report(before=measured(20.5), after=measured(123.456)))
     head = yaml.safe_load(card.split("---")[1])
+    (index,) = head.pop("model-index")
     assert head == {
         "base_model": "someone/model",
+        "base_model_relation": "quantized",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["pbq", "quantized", "ptq161"],
     }
+    (result,) = index["results"]
+    assert index["name"] == "model, pbq 1.60 bits" and result["dataset"]["name"] == "wiki.txt"
+    assert result["dataset"]["args"] == {"windows": 40, "window": 2048, "sha256": "0" * 64}
+    (metric,) = result["metrics"]
+    assert (metric["type"], metric["value"]) == ("perplexity", 123.456)
     assert "# model, 1.60 stored bits per weight" in card and "20.50 -> 123.46" in card
     assert "not measured" not in card and "`calib=wiki.txt`" in card
     local = model_card(report(source=str(tmp_path)))
     assert "base_model" not in local and "Perplexity was not measured" in local
+    assert "model-index" not in local
+
+
+def test_licence_and_language_are_those_of_the_source(tmp_path: Path) -> None:
+    assert card_metadata(tmp_path) == {}
+    source = tmp_path / "README.md"
+    source.write_text("no metadata")
+    assert card_metadata(tmp_path) == {}
+    source.write_text(
+        "---\nlicense: other\nlicense_name: some\nlanguage: [en, de]\ntags: [chat]\n---\n# M\n"
+    )
+    head = yaml.safe_load(model_card(report(), card_metadata(tmp_path)).split("---")[1])
+    assert (head["license"], head["license_name"]) == ("other", "some")
+    assert head["language"] == ["en", "de"] and "chat" not in head["tags"]
 
 
 @pytest.mark.parametrize("gguf", [False, True])
