@@ -16,6 +16,8 @@ from pbq.allocate import ChannelStats
 from pbq.errors import DataError, NumericalError
 
 Progress = Callable[[int, int], None]
+# Calibration segments that the channel statistics are taken from, evenly spread.
+STATISTICS_ROWS = 16
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ class QuantConfig:
     seed: of sampling, shuffling and held-out rows.
     """
 
-    method: str = "ptq161"
+    method: str = "waterfill"
     bits: float = 1.61
     effort: str = "default"
     nsamples: int = 64

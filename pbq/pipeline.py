@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -22,7 +23,7 @@ from torch.func import functional_call
 from pbq import __version__, methods
 from pbq.allocate import LayerPlan, PlanInput, stored_bits
 from pbq.blocks import BlockQuantizer, Reconstructed, Streams
-from pbq.calibrate import Calibration, batches, channel_stats, load_calibration
+from pbq.calibrate import STATISTICS_ROWS, Calibration, batches, channel_stats, load_calibration
 from pbq.config import QuantConfig
 from pbq.disk import check_space, tensor_bytes
 from pbq.errors import DataError, UsageError
@@ -33,6 +34,7 @@ from pbq.evaluate import (
     perplexity,
     tokenize_file,
 )
+from pbq.forecast import Speed, duration, seconds
 from pbq.hf import PbqConfig, install
 from pbq.models import (
     check_coverage,
@@ -50,7 +52,7 @@ from pbq.models import (
 from pbq.pack import pack, unpack
 from pbq.report import RunReport, write_checkpoint
 from pbq.sources import resolve_source
-from pbq.tune import TunableWeight, distill, held_out, tune_block
+from pbq.tune import STEP_TOKENS, TunableWeight, distill, held_out, tune_block
 from pbq.work import Work, check_target
 from pbq_kernels import PackedWeight, WeightLayout
 
@@ -119,6 +121,7 @@ def quantize(
         opened = Work.open(out, run.fingerprint(source), fresh=fresh, overwrite=overwrite)
         with opened as work, _dropping_what_was_refused(work):
             check_space(work.path, run.estimated_bytes())
+            shown.line(run.forecast())
             calibration = run.calibration(work)
             if text is not None:
                 report.before = run.perplexity(work, text, ppl_windows)
@@ -210,6 +213,17 @@ class _Run:
         dense = sum(weight_of(m).numel() * weight_of(m).element_size() for m in linears)
         return int(2 * quantized * self.config.bits / 8) + everything - dense
 
+    def forecast(self) -> str:
+        """How long the stages will take on this machine, for people."""
+        weights = {name: weight_of(m) for name, m in self.linears().items()}
+        first = next(iter(weights.values()))
+        head = self.model.get_output_embeddings().weight.numel()
+        shapes = {name: (W.shape[0], W.shape[1]) for name, W in weights.items()}
+        speed = Speed.measure(first.dtype, first.device)
+        found = seconds(shapes, head, self.config, self.recipe, speed)
+        stages = ", ".join(f"{stage} {duration(s)}" for stage, s in found.items())
+        return f"about {duration(sum(found.values()))} at this machine's present speed: {stages}"
+
     # --- calibration ---------------------------------------------------------------------------
 
     def calibration(self, work: Work) -> Calibration:
@@ -258,7 +272,7 @@ class _Run:
             stats = channel_stats(
                 self.model,
                 linears,
-                ids[:: max(1, len(ids) // 16)][:16],
+                ids[:: max(1, len(ids) // STATISTICS_ROWS)][:STATISTICS_ROWS],
                 gradients=self.method.wants_gradients,
                 progress=self.observer.step,
             )
@@ -338,21 +352,21 @@ class _Run:
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         settings = self.recipe.distillation
         assert settings is not None
-        judges = set(held_out(len(rows)))
-        unseen = [i in judges for i, batch in enumerate(rows) for _ in batch]
-        # one row at a time: the activations of the whole model are kept for the backward pass
+        steps, unseen = _steps_of(rows)
+        # views of single rows: a step may take them from several batches
         rows = [row for batch in rows for row in batch.split(1)]
         hidden = [row for batch in hidden for row in batch.split(1)]
 
         def student(W: Mapping[str, Tensor], gains: Mapping[str, Tensor], i: int) -> Tensor:
             called = _Functional(self.model, linears, W, gains)
-            return called(rows[i], use_cache=False).logits
+            return called(torch.cat([rows[j] for j in steps[i]]), use_cache=False).logits
 
         # functional: the model keeps its own final norm, so the target does not move
         norms = {n: p.detach().clone() for n, p in _norms(self.model).items()}
 
         def teacher(i: int) -> Tensor:
-            return run_tail(self.model, self.blocks, rows[i], hidden[i])
+            ids, states = (torch.cat([x[j] for j in steps[i]]) for x in (rows, hidden))
+            return run_tail(self.model, self.blocks, ids, states)
 
         weights = {
             n: TunableWeight(
@@ -368,8 +382,8 @@ class _Run:
             teacher,
             weights,
             norms,
-            len(rows),
-            [i for i, judge in enumerate(unseen) if judge],
+            len(steps),
+            unseen,
             settings,
             self.config.seed,
             progress=self.observer.step,
@@ -481,6 +495,16 @@ class _Run:
             },
         )
         install(self.model, {n: (pw, biases[n]) for n, pw in packed.items()}, quantization)
+
+
+def _steps_of(batches: Sequence[Tensor]) -> tuple[list[list[int]], list[int]]:
+    """Rows taken together in a step of STEP_TOKENS tokens, and the indices of held-out steps."""
+    judges = set(held_out(len(batches)))
+    judged = [i in judges for i, batch in enumerate(batches) for _ in batch]
+    size = max(1, STEP_TOKENS // batches[0].shape[1])
+    train, unseen = ([i for i, j in enumerate(judged) if j is which] for which in (False, True))
+    steps = [part[i : i + size] for part in (train, unseen) for i in range(0, len(part), size)]
+    return steps, list(range(math.ceil(len(train) / size), len(steps)))
 
 
 class _Functional:

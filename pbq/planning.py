@@ -12,7 +12,15 @@ from pbq import methods
 from pbq.allocate import ChannelStats, PlanInput, stored_bits
 from pbq.config import QuantConfig
 from pbq.disk import size_text
-from pbq.models import check_coverage, find_blocks, find_linears, outline, weight_of
+from pbq.forecast import Speed, duration, seconds
+from pbq.models import (
+    check_coverage,
+    find_blocks,
+    find_linears,
+    outline,
+    pick_device,
+    weight_of,
+)
 from pbq.sources import resolve_source
 
 # Python, torch and transformers, measured on Linux with torch 2.13
@@ -38,6 +46,7 @@ class PlannedRun:
     model_bytes_before: int
     memory_bytes: int
     disk_bytes: int
+    seconds: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -54,6 +63,9 @@ class PlannedRun:
             f"{size_text(self.model_bytes)} ({smaller:.1f}x smaller)",
             "memory while quantizing": f"about {size_text(self.memory_bytes)}",
             "disk while quantizing": f"about {size_text(self.disk_bytes)}",
+            "time at the present speed": f"about {duration(sum(self.seconds.values()))} ("
+            + ", ".join(f"{stage} {duration(s)}" for stage, s in self.seconds.items())
+            + ")",
         }
 
 
@@ -64,7 +76,7 @@ def plan(name: str, config: QuantConfig, *, trust_remote_code: bool = False) -> 
     covered = check_coverage(model)
     block_name, blocks = find_blocks(model)
     shapes = {
-        f"{block_name}.{i}.{linear}": weight_of(module).shape
+        f"{block_name}.{i}.{linear}": tuple(weight_of(module).shape)
         for i, block in enumerate(blocks)
         for linear, module in find_linears(block).items()
     }
@@ -94,11 +106,18 @@ def plan(name: str, config: QuantConfig, *, trust_remote_code: bool = False) -> 
         memory_bytes=_IMPORTS_BYTES + before + streams + largest * _TUNING_BYTES_PER_WEIGHT,
         # finished steps and OUT lie side by side at the end
         disk_bytes=after + packed,
+        seconds=seconds(
+            shapes,
+            model.get_output_embeddings().weight.numel(),
+            config,
+            method.recipe(config),
+            Speed.measure(next(model.parameters()).dtype, pick_device("auto")),
+        ),
     )
 
 
 def _unknown(n: int, k: int) -> PlanInput:
-    """A layer of which only the shape is known: zero weights that take no memory, even channels."""
+    """A layer of which only the shape is known: weights that take no memory, even channels."""
     one = torch.ones(k)
     stats = ChannelStats(one, one, one, torch.ones(n))
-    return PlanInput(torch.zeros(1).expand(n, k), stats)
+    return PlanInput(torch.ones(1).expand(n, k), stats)

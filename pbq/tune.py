@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from pbq.grid import Grid, QuantizedWeight, TierGrid, stored
 
 Progress = Callable[[int, int], None]
+# Tokens of one step of distillation: the activations of the whole model are kept for as many.
+STEP_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class BlockTuning(Rates):
 class Distillation(Rates):
     """End-to-end training against the original model's next-token distribution.
 
-    steps: of one batch of calibration rows each. gamma: see `forward_kl`.
+    steps: of STEP_TOKENS tokens of calibration text each. gamma: see `forward_kl`.
     """
 
     steps: int

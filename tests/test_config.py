@@ -12,7 +12,7 @@ from pbq.errors import UsageError
 
 def test_the_promise_is_the_default():
     assert QuantConfig().bits == 1.61
-    assert QuantConfig().method == "ptq161"
+    assert QuantConfig().method == "waterfill"
 
 
 @pytest.mark.parametrize(

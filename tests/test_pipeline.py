@@ -36,7 +36,7 @@ from pbq.errors import (
 from pbq.hf import packed_linears
 from pbq.methods import ptq161
 from pbq.report import RunReport
-from pbq.tune import Distillation
+from pbq.tune import Distillation, held_out
 
 WORDS = ("the quick brown fox jumps over the lazy dog while seven wizards box " * 2).split()
 
@@ -82,7 +82,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def config(text: Path) -> QuantConfig:
-    return QuantConfig(bits=2.5, calib=str(text), nsamples=4, seqlen=16)
+    return QuantConfig("ptq161", bits=2.5, calib=str(text), nsamples=4, seqlen=16)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -655,3 +655,20 @@ def test_a_gguf_file_can_be_planned(real_gguf: Path) -> None:
     assert planned.layers == 210 and planned.coverage == 1.0
     assert 1.58 < planned.bits <= 1.61
     assert planned.quantized_weights == 30 * (2 * 576**2 + 2 * 576 * 192 + 3 * 576 * 1536)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "seqlen"), [([2] * 32, 1024), ([2] * 31 + [1], 256), ([3], 16)]
+)
+def test_a_step_takes_a_thousand_tokens_and_never_mixes_in_held_out_rows(
+    lengths: list[int], seqlen: int
+) -> None:
+    batches = [torch.zeros(rows, seqlen) for rows in lengths]
+    steps, unseen = pipeline._steps_of(batches)
+    assert sorted(i for step in steps for i in step) == list(range(sum(lengths)))
+    assert all(len(step) * seqlen <= 1024 for step in steps)
+    starts = [sum(lengths[:b]) for b in held_out(len(lengths))]
+    judges = {start + i for start in starts for i in range(2)}
+    assert {i for step in unseen for i in steps[step]} == judges
+    full = [len(step) for i, step in enumerate(steps) if i not in unseen]
+    assert set(full[:-1]) <= {max(1, 1024 // seqlen)}

@@ -110,7 +110,9 @@ def test_a_real_model_keeps_the_promise_of_its_bits(
     report = quantize(str(first_blocks), out, config, ppl_text=manual, ppl_windows=1)
     layouts = read_layers(out)
     assert len(layouts) == 7 * BLOCKS
-    assert all(1.5 < layout.bits_per_weight <= 1.61 for layout in layouts.values())
+    # what one layer leaves over the next may spend: the promise is the whole model's
+    assert report.bits <= 1.61
+    assert all(1.5 < layout.bits_per_weight <= 1.66 for layout in layouts.values())
     with safe_open(out / "model.safetensors", "pt") as file:
         stored = sum(
             file.get_tensor(f"{name}.{tensor}").nbytes

@@ -20,7 +20,7 @@ from pbq.methods import refuse_options
 from pbq.tune import Distillation, Recipe
 from pbq_kernels.layout import Tier
 
-# Steps of distillation, of one calibration row each.
+# Steps of distillation.
 STEPS = {"fast": 30, "default": 300, "best": 1500}
 
 

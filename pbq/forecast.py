@@ -1,0 +1,81 @@
+"""How long a run will take, before it starts: its arithmetic over this machine's speed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from pbq.calibrate import STATISTICS_ROWS
+from pbq.config import QuantConfig
+from pbq.tune import STEP_TOKENS, Recipe
+
+# Share of the speed of bare matmuls that whole stages reach, attention, rounding and optimiser
+# included. Measured with SmolLM2-135M on two cores (docs/methods.md).
+EFFICIENCY = 0.6
+# Linears of a block that share their input share its second moments: 4 inputs for 7 linears.
+INPUTS_PER_LINEAR = 4 / 7
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Floating-point operations a second of a large matmul: in the model's dtype, in float32."""
+
+    model: float
+    single: float
+
+    @staticmethod
+    def measure(dtype: torch.dtype, device: torch.device) -> Speed:
+        return Speed(_matmul_rate(dtype, device), _matmul_rate(torch.float32, device))
+
+
+def _matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
+    """The best of six: other jobs only ever slow it down, and the first one starts threads."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(6):
+        started = time.perf_counter()
+        float((a @ b)[0, 0])  # waits for the device
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def seconds(
+    shapes: Mapping[str, tuple[int, int]],
+    head: int,
+    config: QuantConfig,
+    recipe: Recipe,
+    speed: Speed,
+) -> dict[str, float]:
+    """Seconds of each stage. shapes: [n, k] of every quantized linear; head: weights of the head.
+
+    A forward pass takes 2 operations a weight and token, a backward pass 4. Calibration text that
+    is sampled from the model, and scoring, are not included.
+    """
+    weights = sum(n * k for n, k in shapes.values())
+    tokens = config.nsamples * config.seqlen
+    statistics = 2 * (weights + head) * min(STATISTICS_ROWS, config.nsamples) * config.seqlen
+    fitted = min(tokens, recipe.hessian_tokens)
+    # both streams once; the quantized one again for each input, half a block on average
+    forwards = 2 * 2 * weights * tokens + 4 * weights * fitted
+    moments = sum(2 * k * k * fitted * INPUTS_PER_LINEAR for _, k in shapes.values())
+    # closed form, error feedback, joint scales and a sweep over the codes: about 12 n k² a linear
+    rounding = sum(12 * n * k * k + 3 * k**3 for n, k in shapes.values())
+    blocks = (forwards + moments) / speed.model + (moments + rounding) / speed.single
+    found = {"statistics": statistics / speed.model, "blocks": blocks}
+    if recipe.block is not None:
+        found["blocks"] += 6 * weights * recipe.block.epochs * tokens / speed.model
+    if recipe.distillation is not None:
+        # teacher: its head alone, on kept hidden states
+        step = STEP_TOKENS * (6 * weights + 8 * head)
+        found["distillation"] = recipe.distillation.steps * step / speed.model
+    return {stage: time / EFFICIENCY for stage, time in found.items()}
+
+
+def duration(seconds: float) -> str:
+    """ "40 s", "12 min", "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,53 @@
+"""The arithmetic of a run's seconds, by hand."""
+
+import pytest
+import torch
+
+from pbq import methods
+from pbq.config import QuantConfig
+from pbq.forecast import EFFICIENCY, Speed, duration, seconds
+from pbq.tune import BlockTuning, Distillation, Recipe
+
+SHAPES = {"a": (10, 20), "b": (30, 10)}
+SPEED = Speed(model=2000.0, single=1000.0)
+
+
+def test_statistics_and_distillation_by_hand():
+    config = QuantConfig(nsamples=4, seqlen=100)
+    recipe = Recipe(hessian_tokens=1, distillation=Distillation(steps=7))
+    found = seconds(SHAPES, 50, config, recipe, SPEED)
+    assert found["statistics"] == pytest.approx(2 * 550 * 400 / 2000 / EFFICIENCY)
+    step = 1024 * (6 * 500 + 8 * 50)
+    assert found["distillation"] == pytest.approx(7 * step / 2000 / EFFICIENCY)
+    assert set(found) == {"statistics", "blocks", "distillation"}
+
+
+def test_an_epoch_of_block_tuning_costs_a_pass_forth_and_back():
+    config = QuantConfig(nsamples=4, seqlen=100)
+    plain = seconds(SHAPES, 0, config, Recipe(), SPEED)
+    tuned = seconds(SHAPES, 0, config, Recipe(block=BlockTuning(epochs=3)), SPEED)
+    gap = tuned["blocks"] - plain["blocks"]
+    assert gap == pytest.approx(3 * 6 * 500 * 400 / 2000 / EFFICIENCY)
+    assert "distillation" not in plain
+
+
+def test_more_effort_takes_longer():
+    found = []
+    for effort in ("fast", "default", "best"):
+        config = QuantConfig(effort=effort)
+        recipe = methods.get(config.method, config).recipe(config)
+        found.append(sum(seconds(SHAPES, 50, config, recipe, SPEED).values()))
+    assert found[0] < found[1] < found[2]
+
+
+def test_the_speed_of_this_machine_is_one_a_machine_can_have():
+    speed = Speed.measure(torch.bfloat16, torch.device("cpu"))
+    assert 1e7 < speed.model < 1e16
+    assert 1e7 < speed.single < 1e16
+
+
+@pytest.mark.parametrize(
+    ("s", "text"), [(3.4, "3 s"), (89, "89 s"), (120, "2 min"), (5300, "88 min"), (9000, "2.5 h")]
+)
+def test_durations_are_as_exact_as_they_can_be(s, text):
+    assert duration(s) == text
