@@ -22,11 +22,16 @@ from pbq.models import (
     weight_of,
 )
 from pbq.sources import resolve_source
+from pbq.tune import STEP_TOKENS
 
 # Python, torch and transformers, measured on Linux with torch 2.13
 _IMPORTS_BYTES = 600 * 2**20
 # Of one block while it is tuned: dense weights, gradients, Adam's two moments, activations
 _TUNING_BYTES_PER_WEIGHT = 40
+# Of the whole model while it is distilled: latent weights, gradients, Adam's two moments, codes,
+# and the weights they make (22 bytes), and of each linear's input and output in the model's dtype
+_DISTILLING_BYTES_PER_WEIGHT = 24
+_KEPT_PER_ACTIVATION = 1.5
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class PlannedRun:
 def plan(name: str, config: QuantConfig, *, trust_remote_code: bool = False) -> PlannedRun:
     """Plan a run without loading a weight. Raises PbqError where the run itself would."""
     method = methods.get(config.method, config)
+    recipe = method.recipe(config)
     model = outline(resolve_source(name), trust_remote_code)
     covered = check_coverage(model)
     block_name, blocks = find_blocks(model)
@@ -91,6 +97,13 @@ def plan(name: str, config: QuantConfig, *, trust_remote_code: bool = False) -> 
     hidden = model.get_input_embeddings().weight.shape[1]
     streams = 3 * config.nsamples * config.seqlen * hidden * width
     largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
+    working, latents = largest * _TUNING_BYTES_PER_WEIGHT, 0
+    if recipe.distillation is not None:
+        latents = 2 * weights if recipe.distillation.latent_lr else 0
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        kept = _KEPT_PER_ACTIVATION * sum(n + k for n, k in shapes.values()) + 3 * vocabulary
+        distilling = weights * _DISTILLING_BYTES_PER_WEIGHT + round(STEP_TOKENS * kept * width)
+        working = max(working, distilling)
     return PlannedRun(
         model=name,
         method=config.method,
@@ -103,14 +116,14 @@ def plan(name: str, config: QuantConfig, *, trust_remote_code: bool = False) -> 
         quantized_bytes=packed,
         model_bytes=after,
         model_bytes_before=before,
-        memory_bytes=_IMPORTS_BYTES + before + streams + largest * _TUNING_BYTES_PER_WEIGHT,
+        memory_bytes=_IMPORTS_BYTES + before + streams + working,
         # finished steps and OUT lie side by side at the end
-        disk_bytes=after + packed,
+        disk_bytes=after + packed + latents,
         seconds=seconds(
             shapes,
             model.get_output_embeddings().weight.numel(),
             config,
-            method.recipe(config),
+            recipe,
             Speed.measure(next(model.parameters()).dtype, pick_device("auto")),
         ),
     )
