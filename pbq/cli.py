@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -26,7 +28,7 @@ app = typer.Typer(
     epilog="Start with: pbq quantize MODEL OUT --bits 1.61",
 )
 
-Method = Annotated[str, typer.Option(help="auto, or a file of pbq/methods")]
+Method = Annotated[str, typer.Option(help="auto, one that pbq lists, or a .py file of your own")]
 Bits = Annotated[float, typer.Option(help="stored bits per weight, masks and scales included")]
 Effort = Annotated[str, typer.Option(help="fast | default | best")]
 Calib = Annotated[
@@ -47,11 +49,25 @@ Percdamp = Annotated[float, typer.Option(help="damping of H, share of its mean d
 Seed = Annotated[int, typer.Option(help="sampling, shuffling, held-out rows")]
 
 
-def _config(**options: Any) -> QuantConfig:
+def _chosen(context: typer.Context, recipe: Path | None = None) -> dict[str, Any]:
+    """Every option by its name: from the command line, else the recipe, else its default."""
+    chosen = dict(context.params)
+    if recipe is not None:
+        from pbq import recipes
+
+        sources = {name: context.get_parameter_source(name) for name in chosen}
+        typed = {name for name, source in sources.items() if source and source.name != "DEFAULT"}
+        chosen |= {n: value for n, value in recipes.read(recipe).items() if n not in typed}
+    return chosen
+
+
+def _config(chosen: Mapping[str, Any]) -> QuantConfig:
     from pbq.config import QuantConfig
 
+    fields = {field.name for field in dataclasses.fields(QuantConfig)}
+    options = {name: value for name, value in chosen.items() if name in fields}
     if options["method"] == "auto":
-        options["method"] = "ptq161"
+        options["method"] = QuantConfig.method
     return QuantConfig(**options)
 
 
@@ -60,6 +76,7 @@ def _config(**options: Any) -> QuantConfig:
     "--calib wiki.txt --ppl heldout.txt"
 )
 def quantize(
+    context: typer.Context,
     model: Model,
     out: Annotated[Optional[Path], typer.Argument(help="default: ./NAME-pbq-BITS")] = None,  # noqa: UP045
     bits: Bits = 1.61,
@@ -79,6 +96,10 @@ def quantize(
         typer.Option(help="text file: perplexity before and after, into the model card"),
     ] = None,
     windows: Annotated[int, typer.Option(help="windows of 2048 tokens for --ppl")] = 40,
+    recipe: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="repeat a run: its OUT/recipe.yaml; options typed here go first"),
+    ] = None,
     device: Device = "auto",
     overwrite: Annotated[bool, typer.Option(help="replace OUT, at the very end")] = False,
     fresh: Annotated[
@@ -92,11 +113,8 @@ def quantize(
     quiet: Quiet = False,
 ) -> None:
     """Quantize MODEL into OUT; an interrupted run resumes with the same command."""
-    config = _config(
-        method=method, bits=bits, effort=effort, calib=calib, nsamples=nsamples, seqlen=seqlen,
-        group_size=group_size, criterion=criterion, salient_share=salient_share, faithful=faithful,
-        percdamp=percdamp, seed=seed,
-    )  # fmt: skip
+    chosen = _chosen(context, recipe)
+    config = _config(chosen)
     console = Console(quiet=quiet)
     if dry_run:
         _print_plan(console, model, config, trust_remote_code, as_json)
@@ -107,15 +125,15 @@ def quantize(
     # resolved: "." has no name of its own
     source = Path(model).resolve()
     name = source.stem if source.suffix == ".gguf" else source.name
-    target = out or Path(f"{name}-pbq-{bits:g}")
+    target = out or Path(f"{name}-pbq-{config.bits:g}")
     with resumable(target):
         result = pipeline.quantize(
             model,
             target,
             config,
-            device=device,
-            ppl_text=ppl,
-            ppl_windows=windows,
+            device=chosen["device"],
+            ppl_text=Path(chosen["ppl"]) if chosen["ppl"] else None,
+            ppl_windows=chosen["windows"],
             overwrite=overwrite,
             fresh=fresh,
             trust_remote_code=trust_remote_code,
@@ -124,11 +142,12 @@ def quantize(
     if as_json:
         print(json.dumps(result.to_dict()))
     elif not quiet:
-        console.table(result.rows(), title=f"{target}")
+        console.table({**result.rows(), "report": target / "report.html"}, title=f"{target}")
 
 
 @app.command(epilog="Example: pbq plan ./model --bits 1.61 --json")
 def plan(
+    context: typer.Context,
     model: Model,
     bits: Bits = 1.61,
     method: Method = "auto",
@@ -143,11 +162,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what would be quantized, stored and needed, without quantizing (= --dry-run)."""
-    config = _config(
-        method=method, bits=bits, effort=effort, nsamples=nsamples, seqlen=seqlen,
-        group_size=group_size, criterion=criterion, salient_share=salient_share, faithful=faithful,
-    )  # fmt: skip
-    _print_plan(Console(), model, config, trust_remote_code, as_json)
+    _print_plan(Console(), model, _config(_chosen(context)), trust_remote_code, as_json)
 
 
 def _print_plan(

@@ -133,6 +133,7 @@ def _asked(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("calibration", config["calib"], report["calibration"]),
         ("weights quantized", "", f"{report['quantized_weights']:,}"),
     ]
+    rows += [(name, "", text) for name, text in (report.get("notes") or {}).items()]
     found = report.get("distillation")
     if found:
         kept = "" if found.get("kept", True) else ", not kept"

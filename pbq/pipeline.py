@@ -107,7 +107,8 @@ def quantize(
     out = Path(out)
     method = methods.get(config.method, config)
     check_target(out, overwrite)
-    report = RunReport(source=source, config=config.to_dict())
+    run_options = {"ppl": ppl_text and str(ppl_text), "windows": ppl_windows, "device": device}
+    report = RunReport(source=source, config=config.to_dict(), run_options=run_options)
     with closing(observer or Silent()) as shown:
         shown.stage("load the model", None)
         with report.timed("load"):
@@ -194,24 +195,32 @@ class _Run:
         """What must be equal for a half-finished run to go on."""
         config = {f"config.{k}": str(v) for k, v in self.config.to_dict().items()}
         calib = self.config.calib
-        files = [Path(x) for x in (calib, *calib.split("+")) if Path(x).is_file()]
+        named = (calib, *calib.split("+"), self.config.method)
+        files = [Path(x) for x in named if Path(x).is_file()]
         text = ",".join(hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files)
         return {
             "model": source,
             "weights": _digest(self.model),
-            "calibration file": text,
+            "calibration text, method file": text,
             "device": str(next(self.model.parameters()).device),
             "pbq": __version__,
             **config,
         }
 
     def estimated_bytes(self) -> int:
-        """Disk for the finished steps and for OUT: packed weights twice, everything else once."""
+        """Disk for the finished steps and for OUT: packed weights twice, everything else once.
+
+        Latent weights, where signs will move, are kept in bfloat16 until they have.
+        """
         linears = self.linears().values()
         quantized = sum(weight_of(m).numel() for m in linears)
         everything = sum(p.numel() * p.element_size() for p in self.model.parameters())
         dense = sum(weight_of(m).numel() * weight_of(m).element_size() for m in linears)
-        return int(2 * quantized * self.config.bits / 8) + everything - dense
+        latents = 2 * quantized if self._keeps_latents() else 0
+        return int(2 * quantized * self.config.bits / 8) + everything - dense + latents
+
+    def _keeps_latents(self) -> bool:
+        return self.recipe.distillation is not None and self.recipe.distillation.latent_lr > 0
 
     def forecast(self) -> str:
         """How long the stages will take on this machine, for people."""
@@ -421,7 +430,7 @@ class _Run:
             packed, meta = self._tune_and_pack(quantizer, done, streams, index)
             meta["seconds"] = time.monotonic() - started
             kept = {f"norm.{n}": p for n, p in _norms(block).items()}
-            if self.recipe.distillation is not None and self.recipe.distillation.latent_lr:
+            if self._keeps_latents():
                 kept |= {f"latent.{n}": x.bfloat16() for n, x in done.latents.items()}
             work.save(key, {**_flatten(packed), **kept}, meta)
         streams.quant = [_forward(block, x, call) for x in streams.quant]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pbq import html_report, samples
+from pbq import __version__, html_report, recipes, samples
 from pbq.allocate import LayerPlan, PlanInput
 from pbq.checkpoint import copy_auxiliary
 from pbq.disk import size_text, writing
@@ -40,7 +40,8 @@ _PACKED_KINDS = {
 class RunReport:
     """What was asked, what was got, where the bytes are and where the seconds went.
 
-    bits: stored bits per quantized weight. paper_bits: the paper's own accounting, a label only.
+    run_options: what was asked beside the config. bits: stored bits per quantized weight.
+    paper_bits: the paper's own accounting, a label only.
     tiers: by layer, planes, columns and damage of each tier (`note_plan`). histogram: weights of
     one layer before and after. bytes_of: what OUT's tensors take, by kind. samples: what the model
     made of the same prompts before and after. notes: rows that are the method's own. seconds: per
@@ -49,6 +50,7 @@ class RunReport:
 
     source: str
     config: dict[str, Any]
+    run_options: dict[str, Any] = field(default_factory=dict)
     calibration: str = ""
     bits: float = 0.0
     paper_bits: float = 0.0
@@ -259,7 +261,11 @@ def write_checkpoint(
         # a .gguf file lies among files that are not its own
         if source.gguf is None:
             copy_auxiliary(source.path, staging, trust_remote_code=trust_remote_code)
-        (staging / "README.md").write_text(model_card(report), encoding="utf-8")
+        card = model_card(report, {} if source.gguf else card_metadata(source.path))
+        (staging / "README.md").write_text(card, encoding="utf-8")
+        about = {"pbq": __version__, "model": report.source}
+        recipe = recipes.to_yaml(about, {**report.config, **report.run_options})
+        (staging / recipes.FILE_NAME).write_text(recipe, encoding="utf-8")
         numbers = json.dumps(report.to_dict(), indent=1, default=str)
         (staging / "report.json").write_text(numbers + "\n", encoding="utf-8")
         html_report.write_if_possible(staging)

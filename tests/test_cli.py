@@ -93,8 +93,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small(text: Path) -> list[str]:
     """Options of a run of a second."""
-    return ["--bits", "2.5", "--effort", "fast", "--nsamples", "4", "--seqlen", "16",
-            "--calib", str(text)]  # fmt: skip
+    return ["--method", "ptq161", "--bits", "2.5", "--effort", "fast", "--nsamples", "4",
+            "--seqlen", "16", "--calib", str(text)]  # fmt: skip
 
 
 def environment() -> dict[str, str]:
@@ -242,6 +242,7 @@ def test_a_run_ends_with_a_table(
     assert code == 0 and "load the model" in err and "load the model" not in out
     assert "stored bits per weight" in out and "(asked: 2.5)" in out and "peak memory" in out
     assert (tmp_path / "source-pbq-2.5" / "model.safetensors").exists()
+    assert Path(out.split()[-1]) == Path("source-pbq-2.5/report.html")
 
 
 def test_plan_says_what_the_run_stored(
@@ -271,6 +272,45 @@ def test_eval_scores_two_models_side_by_side(
     code, table, err = invoke(*words, "--quiet")
     assert code == 0 and err == ""
     assert all(f"{value:.2f}" in table for value in ppl) and "text.txt, 2" in table
+
+
+def test_a_recipe_repeats_a_run_byte_for_byte(
+    invoke: Invoke, source: Path, out: Path, small: list[str], tmp_path: Path
+) -> None:
+    words = ["quantize", source, tmp_path / "again", "--recipe", out / "recipe.yaml", "--quiet"]
+    assert invoke(*words) == (0, "", "")
+    for name in ("model.safetensors", "config.json", "recipe.yaml"):
+        assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes(), name
+    report = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert report["config"]["nsamples"] == 4 and report["after"]["windows"] == 1
+    # what is typed goes first, even where it says what the default is
+    code, stdout, _ = invoke(*words, "--dry-run", "--bits", "3", "--seqlen", "1024", "--json")
+    assert code == 0 and json.loads(stdout)["asked_bits"] == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "message"),
+    [
+        ("bits: 2\nbits-per-weight: 2", 2, "bits-per-weight is no option; did you mean bits"),
+        ("group_siz: 2", 2, "group_siz is no option; did you mean group-size"),
+        ("trust-remote-code: true", 2, "trust-remote-code is no option"),
+        ("bits: '2'", 2, "bits is '2', expected float"),
+        ("faithful: 1", 2, "faithful is 1, expected bool"),
+        ("bits: 99", 2, "--bits 99.0: expected a number"),
+        ("- bits", 4, "not a list of options"),
+        ("bits: [", 4, "not YAML"),
+        (None, 4, "cannot be read"),
+    ],
+)
+def test_a_recipe_that_is_none_is_refused(
+    content: str | None, code: int, message: str, invoke: Invoke, source: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    if content is not None:
+        recipe.write_text(content)
+    words = ["quantize", source, tmp_path / "out", "--recipe", recipe, "--dry-run"]
+    found, stdout, err = invoke(*words)
+    assert (found, stdout) == (code, "") and message in refusal(err)
 
 
 def test_generate_writes_the_text_and_nothing_else(

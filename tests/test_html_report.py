@@ -66,6 +66,7 @@ def report() -> dict[str, Any]:
         samples=[{"prompt": "It was", "text": " night", "before": " late",
                   "after": "<script>alert(1)</script>"}],
         seconds={"load": 0.25, "blocks": 61.5},
+        notes={"overlay": "2.5 % of the weights"},
         peak_bytes=3 * 2**30,
     )  # fmt: skip
     return json.loads(json.dumps(found.to_dict()))
@@ -108,6 +109,7 @@ def test_a_page_tells_everything_that_was_measured(report: dict[str, Any]) -> No
         "embeddings 1000 B 82.6 %",
         "blocks 61.5 s 99.6 %",
         "1.5543 stored",
+        "overlay 2.5 % of the weights",
         "by the paper's accounting 1.500",
         "All 6 layers",
         "model.layers.2.mlp.down_proj 9x40 4 at 0 + 30 at 1 + 6 at 4 1.5500 0.0300",

@@ -30,6 +30,7 @@ FLOORS: dict[str, int] = {
     "pbq.disk": 4,
     "pbq.work": 4,
     "pbq.sources": 4,
+    "pbq.recipes": 4,
     "pbq.linear": 4,
     "pbq.hf": 4,
     "pbq": 4,

@@ -6,9 +6,12 @@ A method chooses tiers and grids and says how long to optimise. It sees tensors,
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -110,8 +113,29 @@ def refuse_criteria_but(config: QuantConfig, *known: str) -> None:
 
 
 def get(name: str, config: QuantConfig) -> Method:
-    """The method called `name`, as `config` wants it. Raises UsageError listing what there is."""
+    """The method called `name`, or in the file of that name, as `config` wants it.
+
+    Raises UsageError listing what there is.
+    """
+    if name.endswith(".py"):
+        return _from_file(Path(name), config)
     if name not in names():
-        raise UsageError(f"--method {name}: unknown; there are {', '.join(names())}")
+        raise UsageError(
+            f"--method {name}: unknown; there are {', '.join(names())}, or a .py file of your own"
+        )
     module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+    return module.method(config)
+
+
+def _from_file(path: Path, config: QuantConfig) -> Method:
+    """What `method(config)` of a user's own file returns."""
+    if not path.is_file():
+        raise UsageError(f"--method {path}: no such file")
+    spec = importlib.util.spec_from_file_location(f"pbq_method_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    if not hasattr(module, "method"):
+        raise UsageError(f"--method {path}: defines no method(config)")
     return module.method(config)
