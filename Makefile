@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 PIP := $(RUN) -m pip --disable-pip-version-check -q
 
-.PHONY: quickstart test test-slow lint format bench-quality bench-cpu clean
+.PHONY: quickstart test test-slow lint format docs bench-quality bench-cpu bench-gpu bench-sass clean
 
 quickstart: $(VENV)/.demo
 	$(RUN) examples/quickstart.py $(OUT)
@@ -27,10 +27,15 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -d build/site
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# A link to a page or heading that is not there fails, here and in lint.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -d build/site
 
 bench-quality: $(VENV)/.dev
 	$(RUN) bench/bench_quality.py
