@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +20,8 @@ from pbq.grid import Grid, QuantizedWeight, TierGrid, stored
 Progress = Callable[[int, int], None]
 # Tokens of one step of distillation: the activations of the whole model are kept for as many.
 STEP_TOKENS = 1024
+# States along the way whose held-out loss is looked at, the last one among them.
+LOOKS = 4
 
 
 @dataclass(frozen=True)
@@ -362,11 +364,15 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Tuned:
-    """Loss on held-out rows before and after, and whether the result was kept."""
+    """Loss on held-out rows before and after, and whether the result was kept.
+
+    curve: (step, held-out loss) of the states that were looked at; `after` is the best of them.
+    """
 
     before: float
     after: float
     kept: bool
+    curve: list[tuple[int, float]] = field(default_factory=list)
 
 
 def held_out(rows: int) -> list[int]:
@@ -390,8 +396,8 @@ def optimise(
     """Train weights and norms on `loss(row, dense weights, norm gains)`; keep the better state.
 
     The rows in `unseen` are only scored; `steps` says how many steps to take over the others, in
-    shuffled epochs. If training does not lower the loss of what would be stored on the unseen rows
-    (on all, where none are), everything comes back as it was.
+    shuffled epochs. What comes back is the state, of those looked at, with the least loss of what
+    would be stored on the unseen rows (on all, where none are): as it was, if training never helps.
     """
     masters = {name: nn.Parameter(w.detach().float()) for name, w in norms.items()}
     groups = [group for w in weights.values() for group in w.groups(rates)]
@@ -404,23 +410,29 @@ def optimise(
         dense = {name: qw.dequantize() for name, qw in W.items()}
         return float(torch.stack([loss(i, dense, gains) for i in unseen or train]).mean())
 
-    start = {name: w.freeze() for name, w in weights.items()}
-    before = score(start, norms)
+    best = {name: w.freeze() for name, w in weights.items()}
+    gains = dict(norms)
+    before = after = score(best, gains)
     total = max(1, steps(len(train)))
     schedule = Schedule(groups, total, constant=rates.constant)
+    looks = {math.ceil(total * (i + 1) / LOOKS) for i in range(LOOKS)}
+    curve = []
     for step in range(total):
         if step % len(train) == 0:
             order = torch.randperm(len(train), generator=generator).tolist()
         W = {name: w() for name, w in weights.items()}
         schedule.step(loss(train[order[step % len(train)]], W, masters))
+        if step + 1 in looks:
+            found = {name: w.freeze() for name, w in weights.items()}
+            moved = {n: m.detach().to(norms[n].dtype, copy=True) for n, m in masters.items()}
+            curve.append((step + 1, score(found, moved)))
+            if curve[-1][1] < after:
+                best, gains, after = found, moved, curve[-1][1]
         if progress:
             progress(step + 1, total)
-    end = {name: w.freeze() for name, w in weights.items()}
-    gains = {name: m.detach().to(norms[name].dtype) for name, m in masters.items()}
-    after = score(end, gains)
     if not after < before:
-        return start, dict(norms), Tuned(before, after, kept=False)
-    return end, gains, Tuned(before, after, kept=True)
+        return best, gains, Tuned(before, curve[-1][1], kept=False, curve=curve)
+    return best, gains, Tuned(before, after, kept=True, curve=curve)
 
 
 # run({linear: weight [n, k]}, {norm: gain [d]}, x [b, L, d]) -> the block's output

@@ -405,6 +405,27 @@ def test_a_tuning_that_fails_is_taken_back(lr: float, weight: QuantizedWeight) -
     assert torch.equal(gains["norm.weight"], toy.norms["norm.weight"])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_best_state_on_the_way_is_kept(dtype: torch.dtype, weight: QuantizedWeight) -> None:
+    toy = Toy(weight)
+    toy.norms = {name: gain.to(dtype) for name, gain in toy.norms.items()}
+    tunable = TunableWeight(weight)
+
+    def spoil(step: int, total: int) -> None:
+        if step == 3 * total // 4 + 1:
+            with torch.no_grad():
+                tunable.row.mul_(-1)
+
+    found, gains, tuned = tune(toy, tunable, BlockTuning(epochs=8, lr=2e-2), progress=spoil)
+    steps = [step for step, _ in tuned.curve]
+    assert steps == [38, 76, 114, 152]
+    losses = dict(tuned.curve)
+    assert losses[114] == min(losses.values()) < tuned.before < losses[152]
+    assert tuned.kept and tuned.after == losses[114]
+    again = toy.loss(found["a"].dequantize(), gains["norm.weight"], held_out(20))
+    assert again == pytest.approx(tuned.after, rel=1e-5)
+
+
 def test_tuning_is_deterministic_for_a_seed(weight: QuantizedWeight) -> None:
     tuning = BlockTuning(epochs=1.5, latent_lr=1e-2)
 
