@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shlex
 import sys
@@ -115,9 +116,11 @@ def hush_libraries(*, quiet: bool = False) -> None:
     """
     if quiet:
         os.environ["TQDM_DISABLE"] = "1"  # read by tqdm when it is imported
-    from transformers.utils import logging
+    # it says at length that it builds a cache of fonts, the first time
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 class Unfinished(Exception):

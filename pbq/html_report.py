@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pbq import plots
 from pbq.disk import read_json, size_text, writing
 from pbq.errors import ModelError
 
@@ -57,8 +58,6 @@ def render(report: Mapping[str, Any]) -> str:
 def _figures(report: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """Figures by name, and what to say when there are none."""
     from markupsafe import Markup
-
-    from pbq import plots
 
     try:
         drawn = plots.draw_all(report)
@@ -156,14 +155,11 @@ def _shares(parts: Mapping[str, float]) -> list[dict[str, Any]]:
 def _layer_row(report: Mapping[str, Any], block: Mapping[str, Any], name: str) -> dict[str, Any]:
     layer, full = block["layers"][name], f"{block['name']}.{name}"
     layout, tiers = layer["layout"], (report.get("tiers") or {}).get(full)
-    damage = None
-    if tiers:
-        damage = sum(tier["damage"] * tier["columns"] for tier in tiers) / layout["k"]
     return {
         "name": full,
         "shape": f"{layout['n']}x{layout['k']}",
         "tiers": " + ".join(f"{t['columns']} at {t['planes']}" for t in layout["tiers"]),
         "bits": layer["bits"],
         "error": layer["error"],
-        "damage": damage,
+        "damage": plots.mean_damage(tiers) if tiers else None,
     }

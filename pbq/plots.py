@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -81,61 +81,72 @@ def bits(report: Report) -> str | None:
     figure, axes = _figure(2.9)
     axes.set_xscale("log")
     axes.grid(axis="y")
-    for planes in sorted({tier["planes"] for tier in tiers}):
-        found = [tier for tier in tiers if tier["planes"] == planes]
-        axes.scatter(
-            [tier["damage"] for tier in found],
-            [planes + _spread(i) for i in range(len(found))],
-            s=13,
-            alpha=0.75,
-            linewidths=0,
-            color=_PLANES[min(planes, 8)],
-        )
-    layers = [
-        (sum(t["damage"] * t["columns"] for t in report["tiers"][name]) / layer["layout"]["k"], bit)
-        for name, layer in _layers(report).items()
-        if name in report["tiers"]
-        for bit in [layer["bits"]]
-    ]
+    planes = sorted({tier["planes"] for tier in tiers})
+    for count in planes:
+        _dots(axes, [tier["damage"] for tier in tiers if tier["planes"] == count], count)
+    _diamonds(axes, report)
+    axes.set_ylim(planes[0] - 0.55 if planes[0] else -0.45, planes[-1] + 0.45)
+    axes.set_yticks(range(planes[0], planes[-1] + 1))
+    axes.set_xlabel("cost of dropping a weight, E[x²]·w² (log)")
+    axes.set_ylabel("bits per weight")
+    return _svg(figure, "Bits of tiers and layers against the cost of dropping a weight")
+
+
+def _dots(axes: Axes, damages: list[float], planes: int) -> None:
+    """A dot a tier, spread a little so that all are seen: golden-ratio steps never line up."""
+    heights = [planes + 0.32 * (i * 0.6180339887 % 1) - 0.16 for i in range(len(damages))]
+    color = _PLANES[min(planes, 8)]
+    axes.scatter(damages, heights, s=13, alpha=0.75, linewidths=0, color=color)
+
+
+def _diamonds(axes: Axes, report: Report) -> None:
+    """A diamond a layer, at its mean damage and the bits it stores."""
+    planned = report["tiers"]
+    layers = {name: layer for name, layer in _layers(report).items() if name in planned}
     axes.scatter(
-        [damage for damage, _ in layers],
-        [bit for _, bit in layers],
+        [mean_damage(planned[name]) for name in layers],
+        [layer["bits"] for layer in layers.values()],
         s=9,
         marker="D",
         facecolors="none",
         linewidths=0.6,
         edgecolors=_INK,
     )
-    top = max(tier["planes"] for tier in tiers)
-    axes.set_ylim(-0.45 if min(t["planes"] for t in tiers) == 0 else 0.45, top + 0.45)
-    axes.set_yticks(range(top + 1) if axes.get_ylim()[0] < 0 else range(1, top + 1))
-    axes.set_xlabel("cost of dropping a weight, E[x²]·w² (log)")
-    axes.set_ylabel("bits per weight")
-    return _svg(figure, "Bits of tiers and layers against the cost of dropping a weight")
 
 
-def _spread(i: int) -> float:
-    """Where the i-th of many dots on one line goes, so that all are seen: ±0.16, evenly."""
-    return 0.32 * (i * 0.6180339887 % 1) - 0.16
+def mean_damage(tiers: Sequence[Mapping[str, float]]) -> float:
+    """Of a whole layer, from that of its tiers."""
+    columns = sum(tier["columns"] for tier in tiers)
+    return sum(tier["damage"] * tier["columns"] for tier in tiers) / columns
 
 
 def errors(report: Report) -> str | None:
     """Relative error of every linear, blocks from left to right."""
-    from matplotlib.colors import BoundaryNorm, ListedColormap
-
     layers = {name: layer["error"] for name, layer in _layers(report).items()}
     layers = {name: error for name, error in layers.items() if error > 0 and math.isfinite(error)}
     if len(layers) < 2:
         return None
     blocks = [block["name"] for block in report["blocks"]]
     kinds = list(dict.fromkeys(n for block in report["blocks"] for n in block["layers"]))
-    grid = [[layers.get(f"{block}.{kind}", math.nan) for block in blocks] for kind in kinds]
     figure, axes = _figure(0.95 + 0.26 * len(kinds))
-    low, high = math.log10(min(layers.values())), math.log10(max(layers.values()))
-    high = max(high, low + 0.1)
-    edges = [10 ** (low + (high - low) * i / len(_HEAT)) for i in range(len(_HEAT) + 1)]
-    # rounding must not push the extremes out of the scale
-    edges[0], edges[-1] = edges[0] * 0.999, edges[-1] * 1.001
+    grid = [[layers.get(f"{block}.{kind}", math.nan) for block in blocks] for kind in kinds]
+    _heat_map(figure, axes, grid, min(layers.values()), max(layers.values()))
+    axes.invert_yaxis()
+    axes.set_yticks([i + 0.5 for i in range(len(kinds))], [_short(kind) for kind in kinds])
+    shown = range(0, len(blocks), max(1, math.ceil(len(blocks) / 8)))
+    axes.set_xticks([i + 0.5 for i in shown], [str(i) for i in shown])
+    axes.set_xlabel("block")
+    axes.spines[:].set_visible(False)
+    return _svg(figure, "Relative output error of every layer")
+
+
+def _heat_map(figure: Figure, axes: Axes, grid: list[list[float]], low: float, high: float) -> None:
+    """Cells in nine steps of equal ratio from `low` to `high`, and the scale beside them."""
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+
+    # a little beyond, so that rounding leaves the extremes on the scale
+    low, ratio = low * 0.999, max(high / low, 1.25) * 1.002
+    edges = [low * ratio ** (i / len(_HEAT)) for i in range(len(_HEAT) + 1)]
     drawn = axes.pcolormesh(
         grid,
         cmap=ListedColormap(_HEAT),
@@ -143,18 +154,10 @@ def errors(report: Report) -> str | None:
         edgecolors=_PAPER,
         linewidth=0.6,
     )
-    axes.invert_yaxis()
-    axes.set_yticks([i + 0.5 for i in range(len(kinds))], [_short(kind) for kind in kinds])
-    step = max(1, math.ceil(len(blocks) / 8))
-    shown = range(0, len(blocks), step)
-    axes.set_xticks([i + 0.5 for i in shown], [str(i) for i in shown])
-    axes.set_xlabel("block")
-    axes.spines[:].set_visible(False)
     ticks = [edges[0], math.sqrt(edges[0] * edges[-1]), edges[-1]]
     bar = figure.colorbar(drawn, ax=axes, ticks=ticks, pad=0.02, fraction=0.05)
     bar.ax.set_yticklabels([f"{tick:.2g}" for tick in ticks])
     bar.outline.set_visible(False)
-    return _svg(figure, "Relative output error of every layer")
 
 
 def tuning(report: Report) -> str | None:
@@ -181,27 +184,29 @@ def levels(report: Report) -> str | None:
         return None
     tiers = [tier for tier in shown["tiers"] if tier["columns"]]
     figure, all_axes = _figure(0.7 + 1.35 * len(tiers), rows=len(tiers))
-    reach = shown["range"]
     for axes, tier in zip(all_axes, tiers, strict=True):
-        for values, sign, color in (
-            (tier["weights"], 1, _QUIET),
-            (tier["stored"], -1, _PLANES[min(tier["planes"], 8)]),
-        ):
-            # each side fills its half: a level holds far more weights than a bin of the original
-            scaled = [sign * value / max(values) for value in values]
-            edges = [reach * (2 * i / len(scaled) - 1) for i in range(len(scaled) + 1)]
-            axes.stairs(scaled, edges, fill=True, color=color, linewidth=0)
-        axes.axhline(0, color=_GRID, linewidth=0.8)
-        axes.set_ylim(-1.05, 1.05)
-        axes.set_yticks([0.5, -0.5], ["weights", "stored"])
-        axes.spines[["left", "bottom"]].set_visible(False)
-        title = f"{tier['planes']} bit, {tier['columns']} columns"
-        axes.set_title(title, loc="left", fontsize=9, color=_INK, pad=3)
-        axes.set_xlim(-reach, reach)
+        _mirrored(axes, tier, shown["range"])
     for axes in all_axes[:-1]:
         axes.set_xticklabels([])
     all_axes[-1].set_xlabel("weight, in standard deviations of its row")
     return _svg(figure, f"Weights of {shown['layer']} and the levels they are stored at")
+
+
+def _mirrored(axes: Axes, tier: Mapping[str, Any], reach: float) -> None:
+    """Counts of the weights above the line and of the stored values below it."""
+    stored_color = _PLANES[min(tier["planes"], 8)]
+    for values, sign, color in ((tier["weights"], 1, _QUIET), (tier["stored"], -1, stored_color)):
+        # each side fills its half: a level holds far more weights than a bin of the original
+        heights = [sign * value / max(values) for value in values]
+        edges = [reach * (2 * i / len(values) - 1) for i in range(len(values) + 1)]
+        axes.stairs(heights, edges, fill=True, color=color, linewidth=0)
+    axes.axhline(0, color=_GRID, linewidth=0.8)
+    axes.set_xlim(-reach, reach)
+    axes.set_ylim(-1.05, 1.05)
+    axes.set_yticks([0.5, -0.5], ["weights", "stored"])
+    axes.spines[["left", "bottom"]].set_visible(False)
+    title = f"{tier['planes']} bit, {tier['columns']} columns"
+    axes.set_title(title, loc="left", fontsize=9, color=_INK, pad=3)
 
 
 def _layers(report: Report) -> dict[str, Any]:
