@@ -11,6 +11,7 @@ from torch import Tensor
 from pbq import methods
 from pbq.allocate import ChannelStats, LayerPlan, PlanInput
 from pbq.config import QuantConfig
+from pbq.errors import UsageError
 from pbq.gptq import processing_order, quantize_weight, reconstruct_jointly
 from pbq.grid import QuantizedWeight, fit_planes
 from pbq.hessian import damp, inverse_cholesky, proxy_loss
@@ -161,6 +162,13 @@ def test_bits_by_the_paper_and_in_truth() -> None:
     assert found.layout(4096).bits_per_weight == pytest.approx(2.5 + 8 / 4096, abs=0.003)
     arb = plan(method("arb-llm", faithful=True), 4096, 4096)
     assert arb.layout(4096).bits_per_weight - found.layout(4096).bits_per_weight == 16 / 4096
+
+
+@pytest.mark.parametrize("name", ["billm", "arb-llm"])
+def test_the_papers_blocks_have_no_other_group_size(name: str) -> None:
+    assert method(name, group_size=32)
+    with pytest.raises(UsageError, match=f"--group-size 32: {name} has no use for it"):
+        method(name, group_size=32, faithful=True)
 
 
 @pytest.mark.parametrize("name", ["billm", "arb-llm"])

@@ -19,8 +19,8 @@ from torch import Tensor
 from pbq.allocate import LayerPlan
 from pbq.config import QuantConfig
 from pbq.grid import stored
-from pbq.methods import Placement, refuse_options
-from pbq.methods.billm import Billm
+from pbq.methods import Placement
+from pbq.methods.billm import Billm, refuse_foreign
 
 ITERATIONS = 15
 
@@ -66,5 +66,5 @@ def column_scales(W: Tensor, weight: Tensor, group_of: Tensor) -> Tensor:
 
 
 def method(config: QuantConfig) -> ArbLlm:
-    refuse_options(config, "criterion", "salient_share")
+    refuse_foreign(config)
     return ArbLlm(config)

@@ -159,7 +159,8 @@ def bell_split(W: Tensor, weight: Tensor) -> Grid:
     share = weight / weight.sum()
     magnitude = W.abs()
     best, error = residual(W, weight), torch.inf
-    for p in magnitude.flatten().float().quantile(torch.linspace(0.1, 0.9, BREAK_POINTS)):
+    ranks = torch.linspace(0.1, 0.9, BREAK_POINTS, device=W.device)
+    for p in magnitude.flatten().float().quantile(ranks):
         concentrated = magnitude <= p
         alpha_c, alpha_s = (
             _mean(magnitude, share * side) for side in (concentrated, ~concentrated)
@@ -177,6 +178,13 @@ def _mean(W: Tensor, weight: Tensor) -> Tensor:
     return (W * weight).sum(1) / weight.sum(1).clamp(min=1e-30)
 
 
-def method(config: QuantConfig) -> Billm:
+def refuse_foreign(config: QuantConfig) -> None:
+    """Raise UsageError on the options that neither this method nor arb-llm has."""
     refuse_options(config, "criterion", "salient_share")
+    if config.faithful:
+        refuse_options(config, "group_size")
+
+
+def method(config: QuantConfig) -> Billm:
+    refuse_foreign(config)
     return Billm(config)
