@@ -30,7 +30,7 @@ def to_yaml(about: Mapping[str, str], options: Mapping[str, Any]) -> str:
     lines = {name: _absolute(name, value) for name, value in options.items() if value is not None}
     written = {**about, **{name.replace("_", "-"): value for name, value in lines.items()}}
     head = "# Repeats this run: pbq quantize MODEL OUT --recipe recipe.yaml\n"
-    return head + yaml.safe_dump(written, sort_keys=False, allow_unicode=True)
+    return head + yaml.safe_dump(written, sort_keys=False)
 
 
 def _absolute(name: str, value: Any) -> Any:

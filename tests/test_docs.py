@@ -49,7 +49,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
 
     text = tmp_path_factory.mktemp("docs") / "text.txt"
     text.write_text("It was a dark and stormy night. " * 20)
-    config = pbq.QuantConfig(bits=3, calib=str(text), nsamples=2, seqlen=16, effort="fast")
+    config = pbq.QuantConfig(bits=3.0, calib=str(text), nsamples=2, seqlen=16, effort="fast")
     return pbq.quantize(source, text.parent / "OUT", config)
 
 

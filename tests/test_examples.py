@@ -60,7 +60,7 @@ def test_a_method_of_your_own(
     tiny_checkpoint: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:
     own = str(EXAMPLES / "own_method.py")
-    config = pbq.QuantConfig(own, bits=2, calib=str(text), nsamples=2, seqlen=16)
+    config = pbq.QuantConfig(own, bits=2.0, calib=str(text), nsamples=2, seqlen=16)
     out = pbq.quantize(tiny_checkpoint("llama"), tmp_path / "out", config)
     layouts = checkpoint.read_layers(out)
     assert len(layouts) == 21

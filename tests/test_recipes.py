@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pbq import recipes
@@ -36,7 +36,9 @@ def test_files_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.Monke
     }  # fmt: skip
 
 
+@settings(deadline=None)
 @given(st.text(), st.floats(min_value=0.5, max_value=8))
+@example("caf\N{LATIN SMALL LETTER E WITH ACUTE} \x85 \u2028", 1.61)
 def test_any_value_survives(
     tmp_path_factory: pytest.TempPathFactory, calib: str, bits: float
 ) -> None:
