@@ -43,6 +43,12 @@ bench-quality: $(VENV)/.dev
 bench-cpu: $(VENV)/.dev
 	$(RUN) bench/bench_cpu.py
 
+bench-gpu: $(VENV)/.dev
+	$(RUN) bench/bench_gpu.py
+
+bench-sass: $(VENV)/.dev
+	$(RUN) bench/count_sass.py
+
 # The marker files are remade when pyproject.toml asks for something new, or the C kernels changed.
 KERNELS := kernels/pbq_kernels/cpu.c kernels/pbq_kernels/cpu_build.py hatch_build.py
 
