@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from pbq import cli_compare, cli_share, cli_use
+from pbq import cli_bench, cli_compare, cli_share, cli_use
 from pbq.cli_options import AsJson, Device, Model, Packed, Quiet, Trust
 from pbq.console import Console, hush_libraries, resumable, run_guarded
 
@@ -289,7 +289,7 @@ def _root(
         raise typer.Exit
 
 
-for more in (cli_compare.app, cli_use.app, cli_share.app):
+for more in (cli_compare.app, cli_use.app, cli_bench.app, cli_share.app):
     app.registered_commands += more.registered_commands
 
 

@@ -50,6 +50,7 @@ COMMANDS = [
     "generate",
     "chat",
     "demo",
+    "bench",
     "inspect",
     "verify",
     "report",
