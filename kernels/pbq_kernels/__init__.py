@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any, Protocol
 
@@ -83,12 +84,21 @@ def select(layout: WeightLayout, device: torch.device, name: str = "auto") -> Ba
         if reason:
             raise ValueError(f"kernel backend {name!r} cannot be used here: {reason}")
         return BACKENDS[name]
+    reasons = []
     for backend in BACKENDS.values():
         reason = backend.why_not(layout, device)
         if reason is None:
+            if device.type == "cuda" and backend.name == "reference":
+                _warn_once(f"packed weights run by the slow reference on the GPU: {reasons[-1]}")
             return backend
         log.debug("backend %s passed over: %s", backend.name, reason)
+        reasons.append(f"{backend.name}: {reason}")
     raise AssertionError("the reference backend serves every layout")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
 
 
 def dequant_matmul(x: Tensor, pw: PackedWeight, backend: str = "auto") -> Tensor:

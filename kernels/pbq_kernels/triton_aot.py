@@ -27,7 +27,7 @@ from pbq_kernels.triton_backend import (
     OVERLAY_TOKENS,
     Config,
 )
-from pbq_kernels.triton_layout import WORDS
+from pbq_kernels.triton_layout import FLUSHES, WORDS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,7 +36,6 @@ TARGETS = {
 }
 # Bytes of shared memory that one program may use. All of NVIDIA's GPUs since sm_80 have 99 KiB.
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
-FLUSHES = (0, 1, 2, 4)
 _DEFAULT_WARPS = 4
 _POINTERS = {
     "words": "*i32",
@@ -73,7 +72,7 @@ def variants(target: str) -> Iterator[Variant]:
     """Every kernel with whatever a launch on the target may ask for."""
     for dtype in ("fp16", "bf16"):
         for tile in CONFIGS[TARGETS[target].backend]:
-            for flush in FLUSHES:
+            for flush in (0, *FLUSHES):
                 yield matmul(dtype, tile, flush, offsets=False)
                 yield matmul(dtype, tile, flush, offsets=True)
             yield matmul(dtype, tile, 0, offsets=False, out=dtype)
@@ -81,7 +80,7 @@ def variants(target: str) -> Iterator[Variant]:
         yield overlay(dtype, "i32")
     for dtype in ("fp16", "bf16", "fp32"):
         for flag in (False, True):
-            for summed in (0, 1, 2, 4):
+            for summed in (0, *FLUSHES):
                 yield gather(dtype, summed, scaled=flag)
             yield dequantize(dtype, scaled=flag)
         yield add(dtype)

@@ -171,7 +171,7 @@ def _gather(x: Tensor, weight: TritonWeight, *, scaled: bool) -> tuple[Tensor, T
     summed = weight.sum_steps if scaled else 0
     sums = torch.empty(m, steps // (summed or steps), dtype=torch.float32, device=x.device)
     scaled = scaled and weight.column_scale is not None
-    _kernels().gather_kernel[(math.ceil(steps / GATHER_BLOCK), m)](
+    _kernels().gather_kernel[(m, math.ceil(steps / GATHER_BLOCK))](
         *(x, weight.column, weight.column_scale if scaled else sums, gathered, sums),
         *(weight.k, steps),
         SCALED=scaled,

@@ -71,9 +71,10 @@ def _add_fields(
         field = fields + f * FIELD
         block, blocks = tl.load(field), tl.load(field + 1)
         first_step = tl.load(field + 2)
-        scale, scale_steps = tl.load(field + 3), tl.load(field + 4)
-        factor = tl.load(field + 5).to(tl.float32)
-        offset, offset_steps = tl.load(field + 6), tl.load(field + 7)
+        if FLUSH > 0:
+            scale, scale_steps = tl.load(field + 3), tl.load(field + 4)
+            factor = tl.load(field + 5).to(tl.float32)
+            offset, offset_steps = tl.load(field + 6), tl.load(field + 7)
         # the blocks of all fields are dealt out one after another: no split gets two more
         begin = (split + splits - block % splits) % splits
         row_total = tl.zeros((BN, BM), tl.float32)
@@ -99,9 +100,11 @@ def _add_fields(
                         added = tl.load(sums + (step + first_j) // FLUSH, mask=is_token, other=0.0)
                         total += o.to(tl.float32)[:, None] * added[None, :]
         if FLUSH == 0:
-            s = tl.load(scales + scale * ROWS).to(tl.float32)
-            total += row_total * (s * factor)[:, None]
+            # loaded only now: registers are short in the loop above
+            s = tl.load(scales + tl.load(field + 3) * ROWS).to(tl.float32)
+            total += row_total * (s * tl.load(field + 5).to(tl.float32))[:, None]
             if OFFSETS:
+                offset = tl.load(field + 6)
                 # slot 0 is zero: there is no offset; else the first split adds it
                 last_sum = tl.where((offset > 0) & (split == 0), blocks * STEPS // SUM_STEPS, 0)
                 row_sums = tl.zeros((BM, 16), tl.float32)
@@ -186,11 +189,11 @@ def gather_kernel(
 ):
     """out [m, steps * STEP] = x [m, k] at `column`, 0 where that is -1.
 
-    Program (BLOCK steps, token). SCALED: x is multiplied by column_scale [steps * STEP] first.
+    Program (token, BLOCK steps). SCALED: x is multiplied by column_scale [steps * STEP] first.
     SUMMED: sums [m, steps / SUMMED] of as many steps of out are written too, if it is not 0.
     """
-    token = tl.program_id(1).to(tl.int64)
-    step = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(0).to(tl.int64)
+    step = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_step = step < steps
     position = step[:, None] * STEP + tl.arange(0, STEP)[None, :]
     column = tl.load(column_ptr + position, mask=is_step[:, None], other=-1)
@@ -202,7 +205,7 @@ def gather_kernel(
     if SUMMED > 0:
         SUMS: tl.constexpr = BLOCK // SUMMED
         added = tl.sum(x.to(tl.float32).reshape(SUMS, SUMMED * STEP), 1)
-        place = tl.program_id(0) * SUMS + tl.arange(0, SUMS)
+        place = tl.program_id(1) * SUMS + tl.arange(0, SUMS)
         sums = steps // SUMMED
         tl.store(sums_ptr + token * sums + place, added, mask=place < sums)
 

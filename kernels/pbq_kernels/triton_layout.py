@@ -32,7 +32,7 @@ SUM_STEPS = 4
 MOST_OVERLAY = 0.2
 _WIDTHS = (1, 2, 4)
 _WHOLE_ROW = 2**30  # steps of a group: more than any row has
-_FLUSHES = (4, 2, 1)
+FLUSHES = (4, 2)  # a single step would spill registers
 # Weights unpacked at once while repacking: 64 MB as int32.
 _MOST_UNPACKED = 2**24
 
@@ -112,7 +112,9 @@ class _Span:
     @property
     def group_steps(self) -> int:
         """Steps of one group of scales."""
-        return math.ceil(self.tier.group_size / STEP) if self.tier.groups > 1 else _WHOLE_ROW
+        if self.tier.groups == 1:
+            return _WHOLE_ROW
+        return math.ceil(self.tier.group_size / (FLUSHES[-1] * STEP)) * FLUSHES[-1]
 
     @property
     def steps(self) -> int:
@@ -164,8 +166,9 @@ class _Field:
 def why_not(layout: WeightLayout) -> str | None:
     """Why these kernels cannot serve the layout, or None."""
     for i, tier in enumerate(layout.tiers):
-        if tier.groups > 1 and 2 * tier.group_size < STEP:
-            return f"tier {i} has groups of {tier.group_size} columns, which it would pad to {STEP}"
+        least = FLUSHES[-1] * STEP
+        if tier.groups > 1 and 2 * tier.group_size < least:
+            return f"tier {i} has groups of {tier.group_size} columns, it would pad them to {least}"
     share = layout.overlay / (layout.n * layout.k)
     if share > MOST_OVERLAY:
         return f"an overlay of {share:.0%} of the weights is above its {MOST_OVERLAY:.0%}"
@@ -195,7 +198,7 @@ def repack(pw: PackedWeight) -> TritonWeight:
         column=column,
         column_scale=column_scale,
         factor=factor,
-        flush=next(f for f in _FLUSHES if not any(g % f for g in grouped)) if grouped else 0,
+        flush=next(f for f in FLUSHES if not any(g % f for g in grouped)) if grouped else 0,
         offsets=any(tier.offsets for tier in layout.tiers),
         overlay=_overlay(pw, column) if layout.overlay else None,
     )

@@ -84,7 +84,7 @@ CASES = {
     ),
     "groups of 64 with offsets": Case(33, 1000, [Tier(2, 1000, offset=True, group_size=64)]),
     "groups of 96 and a row": Case(9, 333, [Tier(1, 290, group_size=96), Tier(3, 43, offset=True)]),
-    "groups of 16": Case(9, 75, [Tier(2, 75, tied=True, offset=True, group_size=16)]),
+    "groups of 32": Case(9, 75, [Tier(2, 75, tied=True, offset=True, group_size=32)]),
     "empty tiers": Case(5, 7, [Tier(0, 0), Tier(1, 7), Tier(3, 0), Tier(2, 0, offset=True)]),
     "pruned": Case(5, 63, PRUNED),
     "all pruned": Case(5, 7, [Tier(0, 7)]),
@@ -186,7 +186,7 @@ def decode(weight: TritonWeight) -> Tensor:
     return W
 
 
-@pytest.mark.parametrize("name", ["paper", "zero to four planes", "tied planes", "groups of 16"])
+@pytest.mark.parametrize("name", ["paper", "zero to four planes", "tied planes", "groups of 32"])
 def test_the_layout_is_as_documented(name: str, random_packed: RandomPacked) -> None:
     case = CASES[name]
     pw = random_packed(case.n, case.k, case.tiers)
@@ -218,7 +218,7 @@ def test_padding_costs_little(share: float, random_packed: RandomPacked) -> None
 @pytest.mark.parametrize(
     ("layout", "says"),
     [
-        (WeightLayout(8, 64, (Tier(1, 64, group_size=15),)), "groups of 15 columns"),
+        (WeightLayout(8, 64, (Tier(1, 64, group_size=31),)), "groups of 31 columns"),
         (WeightLayout(8, 64, (Tier(1, 64),), False, 400, 200), "overlay of 78%"),
         (WeightLayout(8, 64, (Tier(1, 64),)), "the weight is on cpu"),
     ],
@@ -229,13 +229,18 @@ def test_says_why_not(layout: WeightLayout, says: str, monkeypatch: pytest.Monke
     assert reason is not None and says in reason
 
 
-def test_is_first_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_first_choice_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pbq_kernels._warn_once.cache_clear()
     layout, gpu = WeightLayout(8, 64, (Tier(1, 64),)), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert select(layout, gpu).name == "triton"
     assert select(layout, torch.device("cpu")).name != "triton"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert select(layout, gpu).name == "reference"
+    assert select(layout, gpu).name == "reference" == select(layout, gpu).name
+    (warning,) = caplog.messages
+    assert "slow reference on the GPU: triton: it needs bfloat16 tensor cores" in warning
     with pytest.raises(ValueError, match=r"'triton' cannot be used here: it needs bfloat16"):
         select(layout, gpu, "triton")
 
@@ -260,6 +265,18 @@ def test_splits_fill_the_processors() -> None:
     assert splits(14336, 1, 13, 132, tile) == 1
     assert splits(4096, 1, 3, 132, tile) == 1
     assert splits(64, 1, 1000, 132, tile) == 8
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: it would run for minutes")
+def test_the_benchmark_says_that_there_is_no_gpu() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "bench_gpu.py")],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "bench_gpu: torch sees no CUDA GPU here; nothing was measured\n"
 
 
 @pytest.mark.gpu

@@ -84,6 +84,6 @@ def test_a_constant_for_all_that_backends_ask_for() -> None:
     assert len(labels) == len(set(labels))
     for dtype in ("fp16", "bf16"):
         for tokens in (8, 16, 32):
-            for scales in ("row scales", "a scale every 1", "a scale every 2", "a scale every 4"):
+            for scales in ("row scales", "a scale every 2", "a scale every 4"):
                 name = f"matmul {dtype} to fp32, {tokens} tokens, {scales}"
                 assert sum(label.startswith(name) for label in labels) == 2
