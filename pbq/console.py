@@ -36,9 +36,10 @@ class Console:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._out = rich.console.Console()
-        if not self._out.is_terminal:
-            self._out.width = _UNFOLDED
         self._err = rich.console.Console(stderr=True)
+        for console in (self._out, self._err):
+            if not console.is_terminal:
+                console.width = _UNFOLDED
         self._quiet = quiet
         self._progress: Progress | None = None
         self._started = time.monotonic()
