@@ -141,10 +141,11 @@ def reconstruct_naive(
         for j in range(start, stop):
             codes[:, j : j + 1] = grid.codes(W[:, j : j + 1])
             w_hat = grid.decode(codes[:, j : j + 1])[:, 0]
-            for row in overlay.mask[:, j].nonzero()[:, 0] if overlay is not None else []:
-                value = (W[row, j] / overlay.scale[row]).round().clamp(-127, 127)
-                overlay.value[row, j] = value.to(torch.int8)
-                w_hat[row] = value * overlay.scale[row]
+            if overlay is not None:
+                for row in overlay.mask[:, j].nonzero()[:, 0]:
+                    value = (W[row, j] / overlay.scale[row]).round().clamp(-127, 127)
+                    overlay.value[row, j] = value.to(torch.int8)
+                    w_hat[row] = value * overlay.scale[row]
             error = (W[:, j] - w_hat) / U[j, j]
             # spread the rounding error over the columns not yet rounded
             W[:, j + 1 :] -= torch.outer(error, U[j, j + 1 :])

@@ -82,7 +82,7 @@ def plan(name: str, config: QuantConfig, *, trust_remote_code: bool = False) -> 
     covered = check_coverage(model)
     block_name, blocks = find_blocks(model)
     shapes = {
-        f"{block_name}.{i}.{linear}": tuple(weight_of(module).shape)
+        f"{block_name}.{i}.{linear}": (weight_of(module).shape[0], weight_of(module).shape[1])
         for i, block in enumerate(blocks)
         for linear, module in find_linears(block).items()
     }

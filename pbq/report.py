@@ -305,7 +305,7 @@ def _card_head(report: RunReport, source: Mapping[str, Any]) -> str:
                 metric_value=round(after.ppl, 4),
             )
         ]
-    base = {"base_model": report.source, "base_model_relation": "quantized"}
+    base: dict[str, Any] = {"base_model": report.source, "base_model_relation": "quantized"}
     data = ModelCardData(
         **(base if _is_hub_id(report.source) else {}),
         **source,

@@ -84,7 +84,7 @@ def select(layout: WeightLayout, device: torch.device, name: str = "auto") -> Ba
         if reason:
             raise ValueError(f"kernel backend {name!r} cannot be used here: {reason}")
         return BACKENDS[name]
-    reasons = []
+    reasons: list[str] = []
     for backend in BACKENDS.values():
         reason = backend.why_not(layout, device)
         if reason is None:
