@@ -217,14 +217,16 @@ def test_json_on_stdout_and_progress_on_stderr(
     assert found["bits"] <= 2.5 and found["after"]["windows"] == 1
     assert found["bits"] == checkpoint.inspect(out).stored_bits
     lines = done.stderr.strip().splitlines()
-    # a line a stage and a block; no bar, no warning, nothing from a library
-    assert all(re.match(r"\[ +\d+ s\] |model\.layers\.\d ", line) for line in lines), done.stderr
+    # a line a stage and a block, what to expect and what distillation did; no bar, no warning
+    expected = r"\[ +\d+ s\] |model\.layers\.\d |about \d|distillation  held-out KL "
+    assert all(re.match(expected, line) for line in lines), done.stderr
     assert [line.split("] ")[1] for line in lines if line.startswith("[")] == [
         "load the model",
         "calibration text",
         "perplexity before",
         "statistics",
         "blocks",
+        "distillation",
         "perplexity after",
         "write",
     ]
