@@ -217,8 +217,8 @@ def test_json_on_stdout_and_progress_on_stderr(
     assert found["bits"] <= 2.5 and found["after"]["windows"] == 1
     assert found["bits"] == checkpoint.inspect(out).stored_bits
     lines = done.stderr.strip().splitlines()
-    # a line a stage and a block, what to expect and what distillation did; no bar, no warning
-    expected = r"\[ +\d+ s\] |model\.layers\.\d |about \d|distillation  held-out KL "
+    # a line a stage and a block, and what to expect; no bar, no warning, nothing from a library
+    expected = r"\[ +\d+ s\] |model\.layers\.\d |about \d"
     assert all(re.match(expected, line) for line in lines), done.stderr
     assert [line.split("] ")[1] for line in lines if line.startswith("[")] == [
         "load the model",
@@ -226,7 +226,6 @@ def test_json_on_stdout_and_progress_on_stderr(
         "perplexity before",
         "statistics",
         "blocks",
-        "distillation",
         "perplexity after",
         "write",
     ]
@@ -257,7 +256,9 @@ def test_plan_says_what_the_run_stored(
     planned = json.loads(stdout)
     assert planned["bits"] == pytest.approx(checkpoint.inspect(out).stored_bits, abs=1e-9)
     code, again, _ = invoke("quantize", source, tmp_path / "o", *small, "--dry-run", "--json")
-    assert code == 0 and json.loads(again) == planned and not any(tmp_path.iterdir())
+    # the same but for the speed of the machine at that moment
+    assert code == 0 and json.loads(again) | {"seconds": planned["seconds"]} == planned
+    assert not any(tmp_path.iterdir())
     code, table, _ = invoke("plan", source, *small[:calib])
     assert code == 0 and "stored bits per weight" in table and "memory while quantizing" in table
 
@@ -601,7 +602,7 @@ def test_usage_errors_exit_with_2(
         (["quantize", source, out, *small], "--overwrite replaces it"),
         (["eval", out], "nothing to score; give --ppl FILE or --tasks"),
         (["eval", out, "--ppl", text, "--window", "4000"], "longer than the model's 2048"),
-        (["generate", out, "--prompt", "a", "--top-p", "2"], r"--top-p in \(0, 1\]"),
+        (["generate", out, "--prompt", "a", "--top-p", "2"], "--top-p must be in"),
     ):
         code, stdout, err = invoke(*words)
         assert code == 2 and not stdout and re.search(message, refusal(err)), (words, err)

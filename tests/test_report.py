@@ -28,7 +28,7 @@ def measured(ppl: float) -> Perplexity:
 
 
 def report(**changes: object) -> RunReport:
-    config = QuantConfig(bits=1.61, calib="wiki.txt").to_dict()
+    config = QuantConfig("ptq161", bits=1.61, calib="wiki.txt").to_dict()
     plain = RunReport(
         source="someone/model",
         config=config,
