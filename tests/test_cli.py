@@ -25,7 +25,9 @@ from typer.testing import CliRunner
 
 import pbq
 from pbq import (
+    benchmark,
     checkpoint,
+    compare,
     contents,
     demo,
     export,
@@ -183,6 +185,8 @@ def test_the_examples_are_commands_that_parse(invoke: Invoke, monkeypatch: Any) 
         (checkpoint, "verify"),
         (contents, "describe_layer"),
         (html_report, "write"),
+        (compare, "compare"),
+        (benchmark, "compare"),
     ):
 
         def note(*args: Any, name: str = name, **options: Any) -> None:
