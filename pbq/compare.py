@@ -120,10 +120,10 @@ def compare(
     Raises PbqError as the runs do; what is finished by then is kept, and the same call goes on. A
     method that cannot keep to a budget is an entry that says so.
     """
-    resolve_source(source)
     for text in protocol.texts:
         if not text.is_file():
             raise DataError(f"{text}: no such file")
+    resolve_source(source)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     planned = [(config, _refusal(source, config, protocol)) for config in configs]
