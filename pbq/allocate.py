@@ -77,18 +77,45 @@ def most_columns(
         return WeightLayout(n, k, tiers_for(c), column_scale).bits_per_weight
 
     if stored(0) > bits:
-        raise UsageError(
-            f"{name} [{n}x{k}]: {bits:g} bits cannot hold its signs and scales; "
-            f"the least is --bits {math.ceil(1000 * stored(0)) / 1000:.3f}"
-        )
-    low, high = 0, k
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if stored(middle) <= bits else (low, middle - 1)
+        raise too_few_bits(f"{name} [{n}x{k}]", bits, stored(0))
+    low = largest(k, lambda c: stored(c) <= bits)
     # Whole bytes and groups make the cost rise in steps with small dips, which the search above
     # may stop at; and without a coarse column the coarse scales are not stored.
     beyond = [k, *range(min(k, low + _LONGEST_DIP), low, -1)]
     return next((c for c in beyond if stored(c) <= bits), low)
+
+
+def largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest count up to `most` that fits, by bisection; 0 is taken to fit."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def too_few_bits(
+    what: str, bits: float, least: float, held: str = "its signs and scales"
+) -> UsageError:
+    """The refusal of a budget, with the least bits that would do, rounded up."""
+    return UsageError(
+        f"{what}: {bits:g} bits cannot hold {held}; "
+        f"the least is --bits {math.ceil(1000 * least) / 1000:.3f}"
+    )
+
+
+def plan_each(
+    layers: Mapping[str, PlanInput],
+    least_bits: Callable[[PlanInput], float],
+    plan: Callable[[str, PlanInput], LayerPlan],
+) -> dict[str, LayerPlan]:
+    """plan(name, layer) of every layer, the one that needs most bits first.
+
+    What the refusal of that one names will do for all.
+    """
+    first = sorted(layers, key=lambda name: least_bits(layers[name]), reverse=True)
+    plans = {name: plan(name, layers[name]) for name in first}
+    return {name: plans[name] for name in layers}
 
 
 def tiers_of(score: Float[Tensor, " k"], c: int) -> UInt8[Tensor, " k"]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pbq.allocate import LayerPlan, PlanInput, most_columns, tiers_of
+from pbq.allocate import LayerPlan, PlanInput, most_columns, plan_each, tiers_of
 from pbq.config import QuantConfig
 from pbq.grid import Grid, fit_planes, stored
 from pbq.hessian import inverse_cholesky, saliency
@@ -50,10 +50,7 @@ class Billm:
     column_scale: bool = False
 
     def plan(self, layers: Mapping[str, PlanInput], config: QuantConfig) -> dict[str, LayerPlan]:
-        # the layer that needs most bits goes first: what its refusal names will do for all
-        first = sorted(layers, key=lambda name: self._least_bits(layers[name]), reverse=True)
-        plans = {name: self._plan(name, layers[name]) for name in first}
-        return {name: plans[name] for name in layers}
+        return plan_each(layers, self._least_bits, self._plan)
 
     def _least_bits(self, layer: PlanInput) -> float:
         n, k = layer.W.shape

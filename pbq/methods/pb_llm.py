@@ -19,9 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pbq.allocate import LayerPlan, PlanInput
+from pbq.allocate import LayerPlan, PlanInput, largest, plan_each, too_few_bits
 from pbq.config import QuantConfig
-from pbq.errors import UsageError
 from pbq.grid import Grid, stored
 from pbq.hessian import inverse_cholesky, saliency
 from pbq.methods import Placement, refuse_criteria_but
@@ -42,11 +41,11 @@ class PbLlm:
     wants_gradients: bool = False
 
     def plan(self, layers: Mapping[str, PlanInput], config: QuantConfig) -> dict[str, LayerPlan]:
-        # the layer that needs most bits goes first: what its refusal names will do for all
-        shapes = {name: layer.W.shape for name, layer in layers.items()}
-        first = sorted(shapes, key=lambda name: self._least(*shapes[name]), reverse=True)
-        plans = {name: self._plan(name, *shapes[name]) for name in first}
-        return {name: plans[name] for name in layers}
+        return plan_each(
+            layers,
+            lambda layer: self._least(*layer.W.shape),
+            lambda name, layer: self._plan(name, *layer.W.shape),
+        )
 
     def _tier(self, k: int) -> Tier:
         return Tier(1, k, offset=True, group_size=self.config.group_size)
@@ -60,11 +59,7 @@ class PbLlm:
         if not self.config.faithful:
             spare = int((self.config.bits - self._least(n, k)) * n * k // 8)
             if spare < 0:
-                least = math.ceil(1000 * self._least(n, k)) / 1000
-                raise UsageError(
-                    f"{name} [{n}x{k}]: {self.config.bits:g} bits cannot hold its signs and "
-                    f"scales; the least is --bits {least:.3f}"
-                )
+                raise too_few_bits(f"{name} [{n}x{k}]", self.config.bits, self._least(n, k))
             entries = min(entries, _affordable(n, k, spare - n * ROW_BYTES))
         return LayerPlan((tier,), column_tiers, False, entries, gap_bytes(n, k, entries))
 
@@ -148,23 +143,17 @@ def gap_bytes(n: int, k: int, entries: int) -> int:
 
 def _affordable(n: int, k: int, nbytes: int) -> int:
     """Entries that are expected to take at most `nbytes`, values and positions."""
-    low, high = 0, n * k
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = middle * ENTRY_BYTES + gap_bytes(n, k, middle) <= nbytes
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return low
+    return largest(n * k, lambda c: c * ENTRY_BYTES + gap_bytes(n, k, c) <= nbytes)
 
 
 def _fitting(order: Tensor, shape: torch.Size, nbytes: int, most: int) -> int:
     """How many of the first entries of `order` take at most `nbytes`, values and positions."""
-    low, high = 0, min(most, nbytes)
-    while low < high:
-        middle = (low + high + 1) // 2
-        positions = len(encode_overlay(_first(order, middle, shape))[1])
-        fits = middle * ENTRY_BYTES + positions <= nbytes
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return low
+
+    def fits(entries: int) -> bool:
+        positions = len(encode_overlay(_first(order, entries, shape))[1])
+        return entries * ENTRY_BYTES + positions <= nbytes
+
+    return largest(min(most, nbytes), fits)
 
 
 def _first(order: Tensor, entries: int, shape: torch.Size) -> Tensor:

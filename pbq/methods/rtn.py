@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pbq.allocate import LayerPlan, PlanInput
+from pbq.allocate import LayerPlan, PlanInput, plan_each, too_few_bits
 from pbq.config import QuantConfig
-from pbq.errors import UsageError
 from pbq.grid import Grid, fit_uniform
 from pbq.methods import refuse_options
 from pbq.tune import Recipe
@@ -55,20 +54,19 @@ def plan_uniform(
 
     Raises UsageError naming the least bits that all layers could do with.
     """
-    plans = {}
-    # the layer that needs most bits goes first: what its refusal names will do for all
-    first = sorted(layers, key=lambda name: _least_bits(layers[name], config, tier), reverse=True)
-    for name in first:
-        n, k = layers[name].W.shape
+
+    def least(layer: PlanInput) -> float:
+        return _least_bits(layer, config, tier)
+
+    def plan(name: str, layer: PlanInput) -> LayerPlan:
+        n, k = layer.W.shape
         chosen = _finest(n, k, config, tier, most)
         if chosen is None:
-            least = math.ceil(1000 * _least_bits(layers[name], config, tier)) / 1000
-            raise UsageError(
-                f"{name} [{n}x{k}]: {config.bits:g} bits cannot hold {LEAST_PLANES} planes and "
-                f"their scales; the least is --bits {least:.3f}"
-            )
-        plans[name] = LayerPlan((chosen,), torch.zeros(k, dtype=torch.uint8))
-    return {name: plans[name] for name in layers}
+            held = f"{LEAST_PLANES} planes and their scales"
+            raise too_few_bits(f"{name} [{n}x{k}]", config.bits, least(layer), held)
+        return LayerPlan((chosen,), torch.zeros(k, dtype=torch.uint8))
+
+    return plan_each(layers, least, plan)
 
 
 def _finest(
