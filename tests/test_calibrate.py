@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pbq.calibrate import batches, channel_stats, load_calibration, sample_from_model
+from pbq.calibrate import _draw, batches, channel_stats, load_calibration, sample_from_model
 from pbq.errors import DataError, NumericalError
 
 
@@ -177,6 +177,28 @@ def test_self_starts_with_an_ordinary_token_and_four_greedy_ones(tiny_model, tin
     assert torch.equal(ids[:, 1:5], greedy)
     # afterwards two rows that start alike go their own ways
     assert len({tuple(row) for row in ids[:, 5:].tolist()}) == 40
+
+
+def test_a_long_row_of_self_is_several_documents(tiny_model, tiny_tokenizer):
+    """23 tokens of documents of at most 8: three of 8, the last one cut by a token."""
+    model = tiny_model("llama")
+    ids = sample_from_model(model, tiny_tokenizer, 6, 23, seed=0, document=8)
+    assert ids.shape == (6, 23)
+    starts = ids[:, [0, 8, 16]]
+    assert int(starts.max()) < 256
+    assert len(set(starts.flatten().tolist())) > 10
+    with torch.no_grad():
+        greedy = model(ids[:, 8:12]).logits[:, :, :259].argmax(-1)
+    assert torch.equal(ids[:, 9:13], greedy)
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    """Of 40,000 draws each share is within 5 standard errors; what cannot occur never does."""
+    p = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05, 0.0])
+    generator = torch.Generator().manual_seed(0)
+    drawn = _draw(p.log().expand(40000, -1), generator, 5)[:, 0]
+    share = torch.bincount(drawn, minlength=6) / 40000
+    assert (share - p).abs().le(5 * (p * (1 - p) / 40000).sqrt()).all()
 
 
 def test_self_reports_progress_up_to_the_end(tiny_model, tiny_tokenizer):
