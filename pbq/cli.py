@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from pbq import cli_bench, cli_compare, cli_share, cli_use
-from pbq.cli_options import AsJson, Device, Model, Packed, Quiet, Trust
+from pbq.cli_options import AsJson, Device, Model, Packed, Quiet, Trust, short_name
 from pbq.console import Console, hush_libraries, resumable, run_guarded
 
 if TYPE_CHECKING:
@@ -122,10 +122,7 @@ def quantize(
     from pbq import pipeline
 
     hush_libraries()
-    # resolved: "." has no name of its own
-    source = Path(model).resolve()
-    name = source.stem if source.suffix == ".gguf" else source.name
-    target = out or Path(f"{name}-pbq-{config.bits:g}")
+    target = out or Path(f"{short_name(model)}-pbq-{config.bits:g}")
     with resumable(target):
         result = pipeline.quantize(
             model,

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from pbq.cli_options import AsJson, Device, Model, Quiet, Trust
+from pbq.cli_options import AsJson, Device, Model, Quiet, Trust, short_name
 from pbq.console import Console, hush_libraries
 from pbq.errors import UsageError
 
@@ -59,9 +59,7 @@ def compare(
     names = registry.names() if methods == "all" else [m for m in methods.split(",") if m]
     configs = comparing.configurations(names, budgets, common, faithful=faithful)
     protocol = comparing.Protocol(tuple(ppl), windows, window, device, trust_remote_code)
-    source = Path(model).resolve()
-    name = source.stem if source.suffix == ".gguf" else source.name
-    target = folder or Path(f"{name}-compare")
+    target = folder or Path(f"{short_name(model)}-compare")
     console = Console(quiet=quiet)
     found = comparing.compare(model, target, configs, protocol, console)
     if as_json:

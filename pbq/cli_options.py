@@ -13,3 +13,9 @@ Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, 
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only errors")]
 Trust = Annotated[bool, typer.Option(help="run code that comes with the model")]
+
+
+def short_name(model: str) -> str:
+    """What a folder made from the model is called where no name was given."""
+    source = Path(model).resolve()  # "." has no name of its own
+    return source.stem if source.suffix == ".gguf" else source.name

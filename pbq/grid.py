@@ -202,14 +202,12 @@ def fit_uniform(
     if not search:
         return best
     share = weight / weight.sum()
-    error = ((W - best.decode(best.codes(W))) ** 2) @ share
+    error = weighted_error(W, share, best)
     for step_down in range(12):
         shrink = 0.95 - 0.05 * step_down
         grid = _uniform(low * shrink, high * shrink, planes)
-        e = ((W - grid.decode(grid.codes(W))) ** 2) @ share
-        better = e < error
-        best = _choose(better, grid, best)
-        error = torch.where(better, e, error)
+        e = weighted_error(W, share, grid)
+        best, error = choose(e < error, grid, best), torch.minimum(e, error)
     for _ in range(4):
         position = (best.codes(W).float() * 2 - steps) / 2  # in steps from the middle
         mean_p, mean_w = position @ share, W @ share
@@ -218,8 +216,8 @@ def fit_uniform(
         step = ((centred * (W - mean_w[:, None])) @ share) / variance.clamp(min=1e-20)
         step = torch.where(variance > 1e-12, step, best.scale[:, 0] * 2)
         grid = _from_step(step, mean_w - step * mean_p, planes)
-        e = ((W - grid.decode(grid.codes(W))) ** 2) @ share
-        best, error = _choose(e < error, grid, best), torch.minimum(e, error)
+        e = weighted_error(W, share, grid)
+        best, error = choose(e < error, grid, best), torch.minimum(e, error)
     return best
 
 
@@ -238,22 +236,19 @@ def fit_symmetric(W: Float[Tensor, "n c"], weight: Float[Tensor, " c"], planes: 
     def grid(scale: Tensor) -> Grid:
         return Grid(stored(scale.clamp(min=1e-7))[:, None] * power, zero)
 
-    def error(grid: Grid) -> Tensor:
-        return ((W - grid.decode(grid.codes(W))) ** 2) @ share
-
     size = (W.pow(2) @ share).sqrt()
     # from levels all within one deviation to levels out to five of them
     tries = [grid(size * reach / steps) for reach in torch.linspace(1, 5, 11).tolist()]
-    best, least = tries[0], error(tries[0])
+    best, least = tries[0], weighted_error(W, share, tries[0])
     for candidate in tries[1:]:
-        e = error(candidate)
-        best, least = _choose(e < least, candidate, best), torch.minimum(e, least)
+        e = weighted_error(W, share, candidate)
+        best, least = choose(e < least, candidate, best), torch.minimum(e, least)
     for _ in range(4):
         position = best.codes(W).float() * 2 - steps
         scale = ((position * W) @ share) / (position.pow(2) @ share)
         candidate = grid(scale)
-        e = error(candidate)
-        best, least = _choose(e < least, candidate, best), torch.minimum(e, least)
+        e = weighted_error(W, share, candidate)
+        best, least = choose(e < least, candidate, best), torch.minimum(e, least)
     return best
 
 
@@ -269,6 +264,12 @@ def _from_step(step: Tensor, offset: Tensor, planes: int) -> Grid:
     return Grid(half[:, None] * 2.0 ** torch.arange(planes, device=step.device), stored(offset))
 
 
-def _choose(first: Tensor, a: Grid, b: Grid) -> Grid:
+def weighted_error(W: Float[Tensor, "n c"], share: Float[Tensor, " c"], grid: Grid) -> Tensor:
+    """Of each row [n]: sum_c share_c (W_nc - its nearest level)²."""
+    return (W - grid.decode(grid.codes(W))).pow(2) @ share
+
+
+def choose(first: Tensor, a: Grid, b: Grid) -> Grid:
+    """Rows of `a` where `first` [n] holds, of `b` elsewhere."""
     scale = torch.where(first[:, None], a.scale, b.scale)
     return Grid(scale, torch.where(first, a.offset, b.offset))

@@ -20,7 +20,7 @@ from pbq.allocate import LayerPlan, PlanInput
 from pbq.config import QuantConfig
 from pbq.errors import UsageError
 from pbq.grid import Grid
-from pbq.tune import Recipe
+from pbq.tune import Distillation, Recipe
 from pbq_kernels.layout import PackedWeight, Tier
 
 
@@ -93,6 +93,11 @@ def notes(method: Method, packed: Mapping[str, PackedWeight]) -> dict[str, str]:
 def names() -> list[str]:
     """Command-line names of all methods."""
     return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__))
+
+
+def at_best(config: QuantConfig, gamma: float = 0.0) -> Distillation | None:
+    """Distillation of scales and norms for `--effort best`, which no paper's method has itself."""
+    return Distillation(steps=400, gamma=gamma) if config.effort == "best" else None
 
 
 def refuse_options(config: QuantConfig, *options: str) -> None:

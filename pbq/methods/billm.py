@@ -28,8 +28,8 @@ from pbq.allocate import LayerPlan, PlanInput, most_columns, plan_each, tiers_of
 from pbq.config import QuantConfig
 from pbq.grid import Grid, fit_planes, stored
 from pbq.hessian import inverse_cholesky, saliency
-from pbq.methods import Placement, refuse_options
-from pbq.tune import Distillation, Recipe
+from pbq.methods import Placement, at_best, refuse_options
+from pbq.tune import Recipe
 from pbq_kernels.layout import Tier, WeightLayout
 
 BLOCK = 128
@@ -38,7 +38,6 @@ MOST_SALIENT = 30
 # Its reported share, 7 to 13 %: what a plan expects before the weights have been searched.
 EXPECTED_SALIENT = 13
 BREAK_POINTS = 81
-DISTILLATION_STEPS = {"fast": 0, "default": 0, "best": 400}
 
 
 @dataclass(frozen=True)
@@ -97,8 +96,7 @@ class Billm:
     def recipe(self, config: QuantConfig) -> Recipe:
         if config.faithful:
             return Recipe(sweeps=0, compensate=False, joint=True)
-        steps = DISTILLATION_STEPS[config.effort]
-        return Recipe(distillation=Distillation(steps=steps) if steps else None)
+        return Recipe(distillation=at_best(config))
 
     def paper_bits(self, plans: Mapping[str, LayerPlan], rows: Mapping[str, int]) -> float:
         """2r + (1 - r), r the share of salient columns: neither flags nor scales."""

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from pbq.allocate import LayerPlan, PlanInput
 from pbq.config import QuantConfig
-from pbq.grid import Grid, stored
-from pbq.methods import refuse_options
+from pbq.grid import Grid, choose, stored, weighted_error
+from pbq.methods import at_best, refuse_options
 from pbq.methods.rtn import plan_uniform, plane_bits
 from pbq.tune import Distillation, Recipe
 from pbq_kernels.layout import PackedWeight, Tier, unpack_codes
@@ -34,7 +34,6 @@ from pbq_kernels.layout import PackedWeight, Tier, unpack_codes
 PAPER_GROUP = 64
 # Exponent of the teacher's entropy in the weight of a token; 0 would be plain distillation.
 GAMMA = 0.5
-DISTILLATION_STEPS = {"fast": 0, "default": 0, "best": 400}
 FAITHFUL_STEPS = {"fast": 60, "default": 400, "best": 2000}
 # Shares of the largest weight that the outermost level may have when least squares starts.
 STARTS = (1.0, 0.8, 0.65, 0.5)
@@ -66,8 +65,7 @@ class DbLlm:
             steps = FAITHFUL_STEPS[config.effort]
             training = Distillation(steps=steps, latent_lr=1e-2, norm_lr=0, gamma=GAMMA)
             return Recipe(feedback=False, sweeps=0, compensate=False, distillation=training)
-        steps = DISTILLATION_STEPS[config.effort]
-        return Recipe(distillation=Distillation(steps=steps, gamma=GAMMA) if steps else None)
+        return Recipe(distillation=at_best(config, gamma=GAMMA))
 
     def paper_bits(self, plans: Mapping[str, LayerPlan], rows: Mapping[str, int]) -> float:
         return plane_bits(plans, rows)
@@ -104,11 +102,8 @@ def fit_dual(W: Tensor, weight: Tensor, iterations: int = 8) -> Grid:
     best = _lloyd(W, share, dual(largest, -largest / 2), iterations)
     for part in STARTS[1:]:
         found = _lloyd(W, share, dual(part * largest, -part * largest / 2), iterations)
-        better = _error(W, share, found) < _error(W, share, best)
-        best = Grid(
-            torch.where(better[:, None], found.scale, best.scale),
-            torch.where(better, found.offset, best.offset),
-        )
+        better = weighted_error(W, share, found) < weighted_error(W, share, best)
+        best = choose(better, found, best)
     return best
 
 
@@ -127,10 +122,6 @@ def _lloyd(W: Tensor, share: Tensor, grid: Grid, iterations: int) -> Grid:
             torch.where(solved, alpha1, kept[:, 0]), torch.where(solved, alpha2, kept[:, 1])
         )
     return grid
-
-
-def _error(W: Tensor, share: Tensor, grid: Grid) -> Tensor:
-    return (W - grid.decode(grid.codes(W))).pow(2) @ share
 
 
 def sparsity(pw: PackedWeight) -> list[int]:

@@ -23,14 +23,13 @@ from pbq.allocate import LayerPlan, PlanInput, largest, plan_each, too_few_bits
 from pbq.config import QuantConfig
 from pbq.grid import Grid, stored
 from pbq.hessian import inverse_cholesky, saliency
-from pbq.methods import Placement, refuse_criteria_but
-from pbq.tune import Distillation, Recipe
+from pbq.methods import Placement, at_best, refuse_criteria_but
+from pbq.tune import Recipe
 from pbq_kernels.layout import Tier, WeightLayout, encode_overlay
 
 PAPER_SHARE = 0.1
 # Bytes of an entry's value; and of a row's count and scale, once it may have any
 ENTRY_BYTES, ROW_BYTES = 1, 6
-DISTILLATION_STEPS = {"fast": 0, "default": 0, "best": 400}
 
 
 @dataclass(frozen=True)
@@ -97,8 +96,7 @@ class PbLlm:
     def recipe(self, config: QuantConfig) -> Recipe:
         if self.config.faithful:
             return Recipe(sweeps=0, compensate=False, natural_order=True)
-        steps = DISTILLATION_STEPS[config.effort]
-        return Recipe(distillation=Distillation(steps=steps) if steps else None)
+        return Recipe(distillation=at_best(config))
 
     def paper_bits(self, plans: Mapping[str, LayerPlan], rows: Mapping[str, int]) -> float:
         """8r + (1 - r), the positions not counted."""

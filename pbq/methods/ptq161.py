@@ -22,8 +22,8 @@ from torch import Tensor
 from pbq.allocate import LayerPlan, PlanInput, most_columns, plan_each, tiers_of
 from pbq.config import QuantConfig
 from pbq.grid import Grid, fit_planes, fit_uniform, stored
-from pbq.methods import refuse_criteria_but, refuse_options
-from pbq.tune import BlockTuning, Distillation, Recipe
+from pbq.methods import at_best, refuse_criteria_but, refuse_options
+from pbq.tune import BlockTuning, Recipe
 from pbq_kernels.layout import Tier, WeightLayout
 
 SALIENT_PLANES = 4
@@ -32,7 +32,6 @@ PAPER_SHARE = 0.2
 # held-out rows and the perplexity from 159.8 to 152.2, for 1.4 times the time. The default stays
 # below ten minutes on two cores without it.
 EPOCHS = {"fast": 0.0, "default": 0.0, "best": 4.0}
-DISTILLATION_STEPS = {"fast": 0, "default": 0, "best": 400}
 
 
 @dataclass(frozen=True)
@@ -90,11 +89,11 @@ class Ptq161:
                 constant=True,
             )
             return Recipe(feedback=False, sweeps=0, compensate=False, batch=1, block=tuning)
-        epochs, steps = EPOCHS[config.effort], DISTILLATION_STEPS[config.effort]
+        epochs = EPOCHS[config.effort]
         return Recipe(
             hessian_tokens=16384 if config.effort == "fast" else 32768,
             block=BlockTuning(epochs=epochs) if epochs else None,
-            distillation=Distillation(steps=steps) if steps else None,
+            distillation=at_best(config),
         )
 
     def paper_bits(self, plans: Mapping[str, LayerPlan], rows: Mapping[str, int]) -> float:
