@@ -55,7 +55,7 @@ def checksum(tensor: Tensor) -> str:
 
 def check_space(path: Path | str, needed_bytes: int) -> None:
     """Raise ResourceError unless the disk that will hold `path` has `needed_bytes` free."""
-    free = _free_bytes(Path(path))
+    free = free_bytes(Path(path))
     if free < needed_bytes:
         raise ResourceError(
             f"{path}: {size_text(needed_bytes)} needed, {size_text(free)} free on that disk; "
@@ -63,7 +63,8 @@ def check_space(path: Path | str, needed_bytes: int) -> None:
         )
 
 
-def _free_bytes(path: Path) -> int:
+def free_bytes(path: Path) -> int:
+    """Free on the disk that holds `path`, or will."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -90,7 +91,7 @@ def writing(path: Path, needed_bytes: int = 0) -> Iterator[None]:
         at = getattr(error, "filename", None) or path
         needed = f"{size_text(needed_bytes)} needed, " if needed_bytes else ""
         raise ResourceError(
-            f"{at}: {os.strerror(code)}; {needed}{size_text(_free_bytes(path))} free on that disk"
+            f"{at}: {os.strerror(code)}; {needed}{size_text(free_bytes(path))} free on that disk"
         ) from error
 
 

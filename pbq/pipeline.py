@@ -53,7 +53,7 @@ from pbq.pack import pack, unpack
 from pbq.report import RunReport, write_checkpoint
 from pbq.sources import resolve_source
 from pbq.tune import STEP_TOKENS, TunableWeight, distill, held_out, tune_block
-from pbq.work import Work, check_target
+from pbq.work import Keeper, Work, check_target
 from pbq_kernels import PackedWeight, WeightLayout
 
 
@@ -194,6 +194,7 @@ class _Run:
     def fingerprint(self, source: str) -> dict[str, str]:
         """What must be equal for a half-finished run to go on."""
         config = {f"config.{k}": str(v) for k, v in self.config.to_dict().items()}
+        recipe = {f"recipe.{k}": str(v) for k, v in dataclasses.asdict(self.recipe).items()}
         calib = self.config.calib
         named = (calib, *calib.split("+"), self.config.method)
         files = [Path(x) for x in named if Path(x).is_file()]
@@ -205,6 +206,7 @@ class _Run:
             "device": str(next(self.model.parameters()).device),
             "pbq": __version__,
             **config,
+            **recipe,
         }
 
     def estimated_bytes(self) -> int:
@@ -338,6 +340,7 @@ class _Run:
             with self.report.timed("distillation"):
                 tensors, meta = self._train(work, packed, rows, hidden, linears)
             work.save("distillation", tensors, meta)
+            work.forget("training")
         self.report.distillation = meta["tuned"]
         found = _unflatten(tensors, {n: pw.layout for n, pw in packed.items()})
         for name, pw in found.items():
@@ -396,6 +399,7 @@ class _Run:
             settings,
             self.config.seed,
             progress=self.observer.step,
+            keep=Keeper(work, "training"),
         )
         self.observer.line(
             f"distillation  held-out KL {tuned.before:.4f} -> {tuned.after:.4f} nats"

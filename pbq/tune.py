@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbq.grid import Grid, QuantizedWeight, TierGrid, stored
+from pbq.pack import pack, unpack
+from pbq_kernels.layout import PackedWeight, WeightLayout
 
 Progress = Callable[[int, int], None]
 # Tokens of one step of distillation: the activations of the whole model are kept for as many.
@@ -361,6 +363,20 @@ class Schedule:
         self._adam.step()
         self._step += 1
 
+    def state(self) -> dict[str, Tensor]:
+        """Adam's moments and counts: "parameter.name", parameters by their number."""
+        found = self._adam.state_dict()["state"]
+        return {f"{i}.{name}": t for i, state in found.items() for name, t in state.items()}
+
+    def restore(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Go on behind `step` steps with what `state` gave then."""
+        by_number: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in state.items():
+            number, name = key.split(".")
+            by_number.setdefault(int(number), {})[name] = tensor
+        self._adam.load_state_dict({**self._adam.state_dict(), "state": by_number})
+        self._step = step
+
 
 @dataclass(frozen=True)
 class Tuned:
@@ -373,6 +389,79 @@ class Tuned:
     after: float
     kept: bool
     curve: list[tuple[int, float]] = field(default_factory=list)
+
+
+class Keep(Protocol):
+    """Keeps the state of a long training now and then: a killed one goes on from the last."""
+
+    def load(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]] | None:
+        """The state kept last, (tensors, what JSON holds), if there is one."""
+
+    def offer(self, state: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]) -> None:
+        """Told after every step; asks for the state when it is time to keep it."""
+
+
+@dataclass
+class _Training:
+    """How far a training is. Not kept: the order of the rows, which follows from the seed.
+
+    best, gains: the state with the least loss so far, `after`, as it would be stored.
+    """
+
+    weights: Mapping[str, TunableWeight]
+    masters: Mapping[str, nn.Parameter]
+    schedule: Schedule
+    best: dict[str, QuantizedWeight]
+    gains: dict[str, Tensor]
+    before: float = math.nan
+    after: float = math.nan
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    step: int = 0
+
+    def look(
+        self, found: dict[str, QuantizedWeight], gains: dict[str, Tensor], loss: float
+    ) -> None:
+        """Note the held-out loss of the present state; take it when it is the best."""
+        self.curve.append((self.step, loss))
+        if loss < self.after:
+            self.best, self.gains, self.after = found, gains, loss
+
+    def tuned(self) -> Tuned:
+        """What is kept is judged by the best state; a training that never helped by its last."""
+        better = self.after < self.before
+        after = self.after if better else self.curve[-1][1]
+        return Tuned(self.before, after, kept=better, curve=self.curve)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        packed = {name: pack(qw) for name, qw in self.best.items()}
+        tensors = {f"adam.{key}": t for key, t in self.schedule.state().items()}
+        for name, weight in self.weights.items():
+            tensors |= {f"weight.{name}.{key}": t for key, t in weight.state_dict().items()}
+            tensors |= {f"best.{name}.{key}": t for key, t in packed[name].tensors.items()}
+        for name, master in self.masters.items():
+            tensors |= {f"norm.{name}": master.detach(), f"gain.{name}": self.gains[name]}
+        meta = {
+            "layouts": {name: pw.layout.to_dict() for name, pw in packed.items()},
+            **{name: getattr(self, name) for name in ("before", "after", "curve", "step")},
+        }
+        return tensors, meta
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        for name, weight in self.weights.items():
+            own = weight.state_dict()
+            weight.load_state_dict({key: tensors[f"weight.{name}.{key}"] for key in own})
+            layout = WeightLayout.from_dict(meta["layouts"][name])
+            device = self.best[name].codes.device
+            stored = {key: tensors[f"best.{name}.{key}"].to(device) for key in layout.tensors()}
+            self.best[name] = unpack(PackedWeight(layout, stored))
+        for name, master in self.masters.items():
+            master.copy_(tensors[f"norm.{name}"])
+            self.gains[name] = tensors[f"gain.{name}"].to(master.device)
+        adam = {k.removeprefix("adam."): t for k, t in tensors.items() if k.startswith("adam.")}
+        self.schedule.restore(adam, meta["step"])
+        self.before, self.after, self.step = meta["before"], meta["after"], meta["step"]
+        self.curve = [(step, loss) for step, loss in meta["curve"]]
 
 
 def held_out(rows: int) -> list[int]:
@@ -392,14 +481,17 @@ def optimise(
     rates: Rates,
     seed: int,
     progress: Progress | None = None,
+    keep: Keep | None = None,
 ) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], Tuned]:
     """Train weights and norms on `loss(row, dense weights, norm gains)`; keep the better state.
 
     The rows in `unseen` are only scored; `steps` says how many steps to take over the others, in
     shuffled epochs. What comes back is the state, of those looked at, with the least loss of what
     would be stored on the unseen rows (on all, where none are): as it was, if training never helps.
+    With `keep` it goes on from the state kept last, to the same bits as in one piece.
     """
-    masters = {name: nn.Parameter(w.detach().float()) for name, w in norms.items()}
+    # copies: norms in float32 would otherwise be trained themselves, and could not be taken back
+    masters = {n: nn.Parameter(w.detach().to(torch.float32, copy=True)) for n, w in norms.items()}
     groups = [group for w in weights.values() for group in w.groups(rates)]
     groups.append((list(masters.values()), rates.norm_lr))
     generator = torch.Generator().manual_seed(seed)
@@ -410,29 +502,37 @@ def optimise(
         dense = {name: qw.dequantize() for name, qw in W.items()}
         return float(torch.stack([loss(i, dense, gains) for i in unseen or train]).mean())
 
-    best = {name: w.freeze() for name, w in weights.items()}
-    gains = dict(norms)
-    before = after = score(best, gains)
     total = max(1, steps(len(train)))
-    schedule = Schedule(groups, total, constant=rates.constant)
+    training = _Training(
+        weights,
+        masters,
+        Schedule(groups, total, constant=rates.constant),
+        best={name: w.freeze() for name, w in weights.items()},
+        gains=dict(norms),
+    )
+    kept = keep.load() if keep else None
+    if kept is not None:
+        training.restore(*kept)
+    else:
+        training.before = training.after = score(training.best, training.gains)
     looks = {math.ceil(total * (i + 1) / LOOKS) for i in range(LOOKS)}
-    curve = []
     for step in range(total):
         if step % len(train) == 0:
             order = torch.randperm(len(train), generator=generator).tolist()
+        if step < training.step:
+            continue
         W = {name: w() for name, w in weights.items()}
-        schedule.step(loss(train[order[step % len(train)]], W, masters))
+        training.schedule.step(loss(train[order[step % len(train)]], W, masters))
+        training.step = step + 1
         if step + 1 in looks:
             found = {name: w.freeze() for name, w in weights.items()}
             moved = {n: m.detach().to(norms[n].dtype, copy=True) for n, m in masters.items()}
-            curve.append((step + 1, score(found, moved)))
-            if curve[-1][1] < after:
-                best, gains, after = found, moved, curve[-1][1]
+            training.look(found, moved, score(found, moved))
         if progress:
             progress(step + 1, total)
-    if not after < before:
-        return best, gains, Tuned(before, curve[-1][1], kept=False, curve=curve)
-    return best, gains, Tuned(before, after, kept=True, curve=curve)
+        if keep:
+            keep.offer(training.state)
+    return training.best, training.gains, training.tuned()
 
 
 # run({linear: weight [n, k]}, {norm: gain [d]}, x [b, L, d]) -> the block's output
@@ -489,6 +589,7 @@ def distill(
     distillation: Distillation,
     seed: int,
     progress: Progress | None = None,
+    keep: Keep | None = None,
 ) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], Tuned]:
     """Train the whole model towards the original's next-token distribution, see `optimise`.
 
@@ -511,6 +612,7 @@ def distill(
         rates=distillation,
         seed=seed,
         progress=progress,
+        keep=keep,
     )
 
 

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ from torch import Tensor
 
 from pbq.disk import (
     CheckpointError,
+    free_bytes,
     fsync,
     read_json,
     remove,
     replace_durably,
+    size_text,
     tensor_bytes,
     writing,
 )
@@ -38,6 +41,8 @@ log = logging.getLogger(__name__)
 
 _LOCK, _FINGERPRINT, _STAGING, _REPLACED = "lock", "fingerprint.json", "staging", "replaced"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+# Between two states of a long training: so many seconds, and so many times what keeping one takes.
+KEEP_SECONDS, KEEP_SHARE = 300.0, 30.0
 
 
 class Work:
@@ -130,6 +135,11 @@ class Work:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+    def forget(self, name: str) -> None:
+        """Remove an artefact that nothing will ask for again."""
+        with writing(self.path):
+            remove(self._artefact(name))
 
     def finish(self, write: Callable[[Path], object]) -> None:
         """Let `write` fill a directory, make it OUT by one rename, and drop the unfinished run.
@@ -274,6 +284,37 @@ class Work:
                 error,
             )
         self.close()
+
+
+class Keeper:
+    """Keeps the state of a long training as an artefact of `work`, now and then (tune.Keep).
+
+    A state takes as much memory as the training itself. On a disk without room for one more than
+    the last the training goes on unkept, with a warning: an interruption then starts it over.
+    """
+
+    def __init__(self, work: Work, name: str) -> None:
+        self._work, self._name = work, name
+        self._due = time.monotonic() + KEEP_SECONDS
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        try:
+            return self._work.load(self._name)
+        except KeyError:
+            return None
+
+    def offer(self, state: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]) -> None:
+        started = time.monotonic()
+        if started < self._due:
+            return
+        tensors, meta = state()
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        if free_bytes(self._work.path) > needed:
+            self._work.save(self._name, tensors, meta)
+        else:
+            log.warning("%s: no room to keep %s of training", self._work.path, size_text(needed))
+        took = time.monotonic() - started
+        self._due = started + took + max(KEEP_SECONDS, KEEP_SHARE * took)
 
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from pbq import checkpoint, linear, pipeline, planning
+from pbq import checkpoint, linear, pipeline, planning, work
 from pbq.blocks import BlockQuantizer, Streams
 from pbq.config import QuantConfig
 from pbq.errors import (
@@ -464,6 +464,29 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
     assert finished + len(again) == 3 and finished > 0
     assert "calibration text" not in done.observer.of("stage")
     assert not out.with_name("out.partial").exists()
+
+
+def test_a_distillation_that_was_killed_halfway_goes_on_from_there(
+    tiny_checkpoint: Callable[[str], Path],
+    config: QuantConfig,
+    tmp_path: Path,
+    whole: Callable[[str], Finished],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(work, "KEEP_SECONDS", 0)
+    monkeypatch.setattr(work, "KEEP_SHARE", 0)
+    source, out = tiny_checkpoint("llama"), tmp_path / "out"
+    config = dataclasses.replace(config, method="waterfill")
+    stopping = Recorder()
+    stopping.stop = lambda kind, what: (
+        kind == "step" and what == 5 and stopping.of("stage")[-1] == "distillation"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        quantized(source, out, config, observer=stopping)
+    done = quantized(source, out, config)
+    assert contents(out) == contents(whole("waterfill").out)
+    stage = done.observer.seen.index(("stage", "distillation"))
+    assert done.observer.seen[stage + 1 : stage + 5] == [("step", i) for i in range(5, 9)]
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 
@@ -393,16 +394,21 @@ def test_signs_that_move_reach_where_scales_cannot(weight: QuantizedWeight) -> N
     assert torch.equal(moved[1]["norm.weight"], Toy(weight).norms["norm.weight"])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("lr", [3.0, 1e8, float("inf")])
-def test_a_tuning_that_fails_is_taken_back(lr: float, weight: QuantizedWeight) -> None:
+def test_a_tuning_that_fails_is_taken_back(
+    lr: float, dtype: torch.dtype, weight: QuantizedWeight
+) -> None:
     toy = Toy(weight)
+    toy.norms = {"norm.weight": torch.ones(7, dtype=dtype)}
     toy.targets = [x @ weight.dequantize().T for x in toy.inputs]  # nothing to be gained
     tunable = TunableWeight(weight, weight.dequantize())
     tuning = BlockTuning(epochs=2, lr=lr, norm_lr=lr, latent_lr=lr)
     found, gains, tuned = tune(toy, tunable, tuning)
     assert not tuned.kept and not tuned.after < tuned.before
     assert_same(found["a"], weight)
-    assert torch.equal(gains["norm.weight"], toy.norms["norm.weight"])
+    assert torch.equal(gains["norm.weight"], torch.ones(7, dtype=dtype))
+    assert torch.equal(toy.norms["norm.weight"], torch.ones(7, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -490,6 +496,61 @@ def test_distillation_meets_the_teachers_distribution(weight: QuantizedWeight) -
     assert [i for i, x in enumerate(toy.inputs) if id(x) not in toy.trained_on] == [7]
     y = toy.run({"a": found["a"].dequantize()}, gains, toy.inputs[7])
     assert tuned.after == pytest.approx(float(forward_kl(y, toy.targets[7])), rel=1e-5)
+
+
+class Killed(BaseException):
+    pass
+
+
+class Kept:
+    """Keeps every second state, as a file would hold it, and is killed after step `stop`."""
+
+    def __init__(self, stop: int) -> None:
+        self.stop, self.steps = stop, 0
+        self.state: tuple[dict[str, Tensor], str] | None = None
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, object]] | None:
+        return None if self.state is None else (self.state[0], json.loads(self.state[1]))
+
+    def offer(self, state: Callable[[], tuple[dict[str, Tensor], dict[str, object]]]) -> None:
+        self.steps += 1
+        if self.steps % 2 == 0:
+            tensors, meta = state()
+            self.state = {name: t.clone() for name, t in tensors.items()}, json.dumps(meta)
+        if self.steps == self.stop:
+            raise Killed
+
+
+@pytest.mark.parametrize("tiers", [MIXED, KINDS["groups"]], ids=["mixed", "groups"])
+@pytest.mark.parametrize("stop", [1, 2, 7, 18, 29, 30])
+def test_a_training_that_was_killed_ends_in_the_same_bits(
+    random_packed: RandomPacked, tiers: tuple[Tier, ...], stop: int
+) -> None:
+    qw = unpack(random_packed(7, 37, tiers, column_scale=True))
+
+    def run(keep: Kept | None) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], object]:
+        toy = Toy(qw, flips=0.1)
+        return distill(
+            lambda W, gains, i: toy.run(W, gains, toy.inputs[i]),
+            lambda i: toy.targets[i],
+            {"a": TunableWeight(qw, qw.dequantize())},
+            toy.norms,
+            len(toy.inputs),
+            [7],
+            Distillation(steps=30, lr=2e-2, latent_lr=5e-2),
+            seed=0,
+            keep=keep,
+        )
+
+    weights, gains, tuned = run(None)
+    keep = Kept(stop)
+    with pytest.raises(Killed):
+        run(keep)
+    keep.stop, done = 0, keep.steps
+    again, gains_again, tuned_again = run(keep)
+    assert keep.steps - done == 30 - done // 2 * 2  # what was kept was not done again
+    assert_same(again["a"], weights["a"])
+    assert torch.equal(gains_again["norm.weight"], gains["norm.weight"]) and tuned_again == tuned
 
 
 def test_held_out_rows_are_spread_evenly() -> None:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from pbq.errors import ResourceError, UsageError
-from pbq.work import Work
+from pbq.work import Keeper, Work
 
 PRINT = {"model": "tiny", "bits": "1.61", "seed": "0"}
 TENSORS = {
@@ -535,3 +535,26 @@ def test_what_cannot_be_removed_afterwards_is_only_a_warning(
         work.finish(write_model("new"))
     assert content(out) == "new"
     assert "could not be removed" in caplog.text
+
+
+def test_a_state_is_kept_when_it_is_due_and_there_is_room(
+    out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("pbq.work.time.monotonic", lambda: clock[0])
+    with Work.open(out, PRINT) as work:
+        keeper = Keeper(work, "training")
+        assert keeper.load() is None
+        for clock[0], kept in ((299.0, None), (300.0, 300.0), (599.0, 300.0), (600.0, 600.0)):
+            keeper.offer(lambda: (TENSORS, {"at": clock[0]}))
+            found = keeper.load()
+            assert (found and found[1]["at"]) == kept
+        clock[0] = 900.0
+        with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "pbq.work"):
+            patch.setattr("pbq.work.free_bytes", lambda path: 100)
+            keeper.offer(lambda: (TENSORS, {"at": clock[0]}))
+        assert "no room to keep" in caplog.text
+        found = keeper.load()
+        assert found is not None and found[1]["at"] == 600.0
+        work.forget("training")
+        assert work.names() == [] and keeper.load() is None
