@@ -212,7 +212,7 @@ class BlockQuantizer:
         batches where there are enough: compensation fits the tokens it sees better than the rest,
         and must not go on from its own residues.
         """
-        usable = [i for i in range(count) if i not in set(held_out(count))]
+        usable = sorted(set(range(count)) - set(held_out(count)))
         per_batch = self.config.nsamples * self.config.seqlen / count
         wanted = min(len(usable), max(1, math.ceil(self.recipe.hessian_tokens / per_batch)))
         turn = self.index % (len(usable) // wanted)

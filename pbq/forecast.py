@@ -74,6 +74,12 @@ def seconds(
     return {stage: time / EFFICIENCY for stage, time in found.items()}
 
 
+def in_words(stages: Mapping[str, float]) -> str:
+    """Of `seconds`: "12 min (statistics 26 s, blocks 11 min)"."""
+    each = ", ".join(f"{stage} {duration(s)}" for stage, s in stages.items())
+    return f"{duration(sum(stages.values()))} ({each})"
+
+
 def duration(seconds: float) -> str:
     """ "40 s", "12 min", "3.5 h"."""
     if seconds < 90:

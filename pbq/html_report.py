@@ -14,6 +14,7 @@ from typing import Any
 from pbq import plots
 from pbq.disk import read_json, size_text, writing
 from pbq.errors import ModelError
+from pbq.forecast import duration
 
 log = logging.getLogger(__name__)
 
@@ -112,15 +113,8 @@ def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
         tiles.append({"value": f"{after['ppl']:.4g}", "label": "perplexity", "note": note})
     seconds = sum(report["seconds"].values())
     note = f"peak memory {size_text(report['peak_bytes'])}"
-    tiles.append({"value": _duration(seconds), "label": "to quantize", "note": note})
+    tiles.append({"value": duration(seconds), "label": "to quantize", "note": note})
     return tiles
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
 
 
 def _asked(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:

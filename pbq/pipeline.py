@@ -34,7 +34,7 @@ from pbq.evaluate import (
     perplexity,
     tokenize_file,
 )
-from pbq.forecast import Speed, duration, seconds
+from pbq.forecast import Speed, in_words, seconds
 from pbq.hf import PbqConfig, install
 from pbq.models import (
     check_coverage,
@@ -232,8 +232,7 @@ class _Run:
         shapes = {name: (W.shape[0], W.shape[1]) for name, W in weights.items()}
         speed = Speed.measure(first.dtype, first.device)
         found = seconds(shapes, head, self.config, self.recipe, speed)
-        stages = ", ".join(f"{stage} {duration(s)}" for stage, s in found.items())
-        return f"about {duration(sum(found.values()))} at this machine's present speed: {stages}"
+        return f"at this machine's present speed about {in_words(found)}"
 
     # --- calibration ---------------------------------------------------------------------------
 

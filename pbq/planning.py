@@ -12,7 +12,7 @@ from pbq import methods
 from pbq.allocate import ChannelStats, PlanInput, stored_bits
 from pbq.config import QuantConfig
 from pbq.disk import size_text
-from pbq.forecast import Speed, duration, seconds
+from pbq.forecast import Speed, in_words, seconds
 from pbq.models import (
     check_coverage,
     find_blocks,
@@ -68,9 +68,7 @@ class PlannedRun:
             f"{size_text(self.model_bytes)} ({smaller:.1f}x smaller)",
             "memory while quantizing": f"about {size_text(self.memory_bytes)}",
             "disk while quantizing": f"about {size_text(self.disk_bytes)}",
-            "time at the present speed": f"about {duration(sum(self.seconds.values()))} ("
-            + ", ".join(f"{stage} {duration(s)}" for stage, s in self.seconds.items())
-            + ")",
+            "time at the present speed": f"about {in_words(self.seconds)}",
         }
 
 

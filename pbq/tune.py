@@ -177,10 +177,10 @@ class TunableWeight(nn.Module):
     def values(self, t: int, codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
         """Codes uint8 [c, n] -> weights float32 [c, n], on scale [G, S, n] and offset [G, n]."""
         scale = self.per_column(t, scale)
-        W = torch.zeros(codes.shape, device=codes.device)
         if self.even(t):
             W = self.position(t, codes).mul_(scale[:, 0])
         else:
+            W = torch.zeros(codes.shape, device=codes.device)
             for p in range(self.tiers[t].planes):
                 W += torch.where(bit(codes, p), scale[:, p], -scale[:, p])
         return W if offset is None else W.add_(self.per_column(t, offset))
@@ -495,7 +495,7 @@ def optimise(
     groups = [group for w in weights.values() for group in w.groups(rates)]
     groups.append((list(masters.values()), rates.norm_lr))
     generator = torch.Generator().manual_seed(seed)
-    train = [i for i in range(rows) if i not in set(unseen)]
+    train = sorted(set(range(rows)) - set(unseen))
 
     @torch.no_grad()
     def score(W: Mapping[str, QuantizedWeight], gains: Mapping[str, Tensor]) -> float:
