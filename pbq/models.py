@@ -64,7 +64,7 @@ def outline(source: Source, trust_remote_code: bool = False) -> PreTrainedModel:
     _check_unquantized(source, config, packed=False)
     _check_causal(source, config)
     dtype = compute_dtype(source, torch.device("cpu"))
-    with _refusing(source, "cannot be built"), torch.device("meta"):
+    with refusing(source, "cannot be built"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
@@ -75,7 +75,7 @@ def compute_dtype(source: Source, device: torch.device) -> torch.dtype:
     fast float16 matmul. Raises ModelError."""
     if source.gguf:
         return torch.bfloat16
-    with _refusing(source, "unreadable config"):
+    with refusing(source, "unreadable config"):
         # the bare file: the dtype is no reason to run a model's own config code
         said, _ = PreTrainedConfig.get_config_dict(source.path)
         own = getattr(torch, said.get("dtype") or said.get("torch_dtype") or "bfloat16")
@@ -83,7 +83,7 @@ def compute_dtype(source: Source, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def _refusing(source: Source, what: str) -> Iterator[None]:
+def refusing(source: Source, what: str) -> Iterator[None]:
     """Turn whatever transformers raises into one line that names the source."""
     try:
         yield
@@ -98,7 +98,7 @@ def _refusing(source: Source, what: str) -> Iterator[None]:
 
 
 def _load_config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
-    with _refusing(source, "unreadable config"):
+    with refusing(source, "unreadable config"):
         return AutoConfig.from_pretrained(
             source.path, trust_remote_code=trust_remote_code, **source.file_argument
         )
@@ -131,7 +131,7 @@ def _check_causal(source: Source, config: PreTrainedConfig) -> None:
 def _load_weights(
     source: Source, dtype: torch.dtype, device: torch.device | str, trust_remote_code: bool
 ) -> PreTrainedModel:
-    with _refusing(source, "cannot be loaded"):
+    with refusing(source, "cannot be loaded"):
         model, info = AutoModelForCausalLM.from_pretrained(
             source.path,
             dtype=dtype,
@@ -147,7 +147,7 @@ def _load_weights(
 
 
 def _load_tokenizer(source: Source, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    with _refusing(source, "no usable tokenizer"):
+    with refusing(source, "no usable tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             source.path, trust_remote_code=trust_remote_code, **source.file_argument
         )

@@ -35,6 +35,7 @@ FLOORS: dict[str, int] = {
     "pbq.hf": 4,
     "pbq": 4,
     "pbq.models": 4,
+    "pbq.loader": 4,
     "pbq.calibrate": 4,
     "pbq.checkpoint": 4,
     "pbq.blocks": 5,
