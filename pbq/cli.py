@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from pbq import cli_bench, cli_compare, cli_share, cli_use
-from pbq.cli_options import AsJson, Device, Model, Packed, Quiet, Trust, short_name
+from pbq.cli_options import Activations, AsJson, Device, Model, Packed, Quiet, Trust, short_name
 from pbq.console import Console, hush_libraries, resumable, run_guarded
 
 if TYPE_CHECKING:
@@ -204,6 +204,7 @@ def evaluate(
         typer.Option(help="a second model, scored beside it (the unquantized one)"),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="items at once in lm-eval")] = 8,
+    activations: Activations = "exact",
     device: Device = "auto",
     trust_remote_code: Trust = False,
     as_json: AsJson = False,

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from pbq.cli_options import AsJson, Device, Model, Quiet, Trust
+from pbq.cli_options import Activations, AsJson, Device, Model, Quiet, Trust
 from pbq.console import Console, hush_libraries
 
 app = typer.Typer()
@@ -34,6 +34,7 @@ def bench(
     static_cache: Annotated[
         bool, typer.Option(help="transformers' static cache, which it compiles on GPUs")
     ] = False,
+    activations: Activations = "exact",
     device: Device = "auto",
     trust_remote_code: Trust = False,
     as_json: AsJson = False,

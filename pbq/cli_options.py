@@ -15,6 +15,25 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only er
 Trust = Annotated[bool, typer.Option(help="run code that comes with the model")]
 
 
+def _choose_kernels(value: str) -> str:
+    if value not in ("exact", "int8"):
+        raise typer.BadParameter("exact or int8")
+    if value == "int8":
+        from pbq.linear import set_backend
+
+        set_backend("cpu-int8")
+    return value
+
+
+Activations = Annotated[
+    str,
+    typer.Option(
+        help="of packed layers: exact, or int8 (rounded token by token: CPU only, faster)",
+        callback=_choose_kernels,
+    ),
+]
+
+
 def short_name(model: str) -> str:
     """What a folder made from the model is called where no name was given."""
     source = Path(model).resolve()  # "." has no name of its own

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from pbq.cli_options import Device, Model, Trust
+from pbq.cli_options import Activations, Device, Model, Trust
 from pbq.console import hush_libraries
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="an object a prompt: prompt and text")
     ] = False,
+    activations: Activations = "exact",
     device: Device = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -84,6 +85,7 @@ def chat(
     top_k: TopK = 0,
     repetition_penalty: RepetitionPenalty = 1.1,
     seed: Seed = 0,
+    activations: Activations = "exact",
     device: Device = "auto",
     trust_remote_code: Trust = False,
 ) -> None:

@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from pbq.errors import UsageError
 from pbq_kernels import BACKENDS, Backend, PackedWeight, WeightLayout, select
 from pbq_kernels.layout import check_tensors
 from pbq_kernels.reference import dequantize
@@ -106,7 +107,10 @@ class PackedLinear(nn.Module):
     def _prepare(self) -> _Prepared:
         # Kernels index memory by these values: a file that lies must not reach one.
         self.check(type(self).__name__)
-        backend = select(self.layout, self.weight.device, _backend_name)
+        try:
+            backend = select(self.layout, self.weight.device, _backend_name)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         form = backend.prepare(self.packed())
         self._prepared = _Prepared(backend, form, self.weight, _backend_name)
         return self._prepared

@@ -41,6 +41,8 @@ from pbq import (
 from pbq.cli import app
 from pbq.console import Console, run_guarded
 from pbq.errors import NumericalError, ResourceError
+from pbq.linear import backend_name
+from pbq_kernels import BACKENDS
 from pbq_kernels.layout import Tier, WeightLayout
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -280,6 +282,35 @@ def test_eval_scores_two_models_side_by_side(
     code, table, err = invoke(*words, "--quiet")
     assert code == 0 and err == ""
     assert all(f"{value:.2f}" in table for value in ppl) and "text.txt, 2" in table
+
+
+def test_activations_choose_the_kernel(
+    invoke: Invoke, out: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pbq.linear._backend_name", "auto")
+    words = ["eval", out, "--ppl", text, "--window", 64, "--windows", 2, "--json", "--quiet"]
+
+    def ppl(*more: object) -> float:
+        code, stdout, err = invoke(*words, *more)
+        assert (code, err) == (0, "")
+        found: float = json.loads(stdout)["models"][0]["perplexities"][0]["ppl"]
+        return found
+
+    exact, int8 = ppl(), ppl("--activations", "int8")
+    assert backend_name() == "cpu-int8"
+    assert exact != int8 == pytest.approx(exact, rel=0.02)
+    code, _, err = invoke(*words, "--activations", "int4")
+    assert code == 2 and "exact or int8" in err
+
+
+def test_int8_activations_on_another_device_are_one_clear_line(
+    invoke: Invoke, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pbq.linear._backend_name", "auto")
+    monkeypatch.setattr(BACKENDS["cpu-int8"], "why_not", lambda layout, device: "it is a CPU's")
+    code, stdout, err = invoke("generate", out, "--prompt", "a", "--activations", "int8")
+    assert (code, stdout) == (2, "")
+    assert "kernel backend 'cpu-int8' cannot be used here: it is a CPU's" in err
 
 
 def test_a_recipe_repeats_a_run_byte_for_byte(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import pbq_kernels
 from pbq import linear as linear_module
+from pbq.errors import UsageError
 from pbq.linear import PackedLinear, backend_name, set_backend
 from pbq_kernels import PackedFormatError, PackedWeight, Tier, reference
 
@@ -176,7 +177,7 @@ def test_a_backend_asked_for_serves_or_refuses(
     packed: PackedWeight, doubling: DoublingBackend
 ) -> None:
     set_backend("doubling")
-    with pytest.raises(ValueError, match="needs an even n"):
+    with pytest.raises(UsageError, match="needs an even n"):
         PackedLinear.from_packed(packed)(torch.ones(K))
     with pytest.raises(ValueError, match="unknown kernel backend 'fastest'"):
         set_backend("fastest")
