@@ -2,8 +2,10 @@
 
     python bench/bench_quality.py ptq161                     # one row
     python bench/bench_quality.py ptq161 --seed 1 --set nsamples=32 --set effort=fast
+    python bench/bench_quality.py waterfill --calib wiki.valid.txt+self --set nsamples=128
 
-Protocol: calibrate on WikiText-2 validation (first 64 x 1024 tokens), perplexity on WikiText-2
+Protocol: calibrate on WikiText-2 validation (first 64 x 1024 tokens; --calib to add text that the
+model makes itself), perplexity on WikiText-2
 test, 40 windows of 2048 tokens, bfloat16. The two files are looked for in $PBQ_DATA/wikitext2. A
 second text (Python's reference manual, 10 windows) shows what happens off the calibration domain.
 Rows go into bench/results/quality.json; run one a process, so that peak memory is its own.
@@ -65,7 +67,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
             "method": arguments.method,
             "seed": arguments.seed,
             "bits": arguments.bits,
-            "calib": str(data / "wiki.valid.txt"),
+            "calib": "+".join(
+                part if part == "self" else str(data / part) for part in arguments.calib.split("+")
+            ),
             **numbers,
         }
     )
@@ -112,6 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("method")
     parser.add_argument("--bits", type=float, default=1.61)
+    parser.add_argument("--calib", default="wiki.valid.txt", help="its files, or self")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE")
     parser.add_argument("--out", help="keep the checkpoint here")

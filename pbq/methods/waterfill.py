@@ -48,9 +48,9 @@ class Waterfill:
     def recipe(self, config: QuantConfig) -> Recipe:
         fast = config.effort == "fast"
         return Recipe(
-            hessian_tokens=16384 if fast else 32768,
+            hessian_tokens=16384 if fast else 49152,
             distillation=Distillation(
-                steps=STEPS[config.effort], lr=2e-3, norm_lr=2e-3, latent_lr=3e-3
+                steps=STEPS[config.effort], lr=5e-3, norm_lr=5e-3, latent_lr=3e-3
             ),
         )
 
