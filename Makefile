@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 PIP := $(RUN) -m pip --disable-pip-version-check -q
 
-.PHONY: quickstart test test-slow lint format docs bench-quality bench-cpu bench-gpu bench-sass clean
+.PHONY: quickstart test test-slow reliability lint format docs bench-quality bench-cpu bench-gpu bench-sass clean
 
 quickstart: $(VENV)/.demo
 	$(RUN) examples/quickstart.py $(OUT)
@@ -22,6 +22,11 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	TOKENIZERS_PARALLELISM=false $(RUN) -m pytest -m slow
+
+# Kills, refusing disks, torn files and mutated checkpoints: minutes, into docs/reliability.md's table.
+reliability: $(VENV)/.dev
+	$(RUN) tests/reliability --kills 24 --refusals 40 --tears 15 --mutations 12000 \
+		--json bench/results/reliability.json
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

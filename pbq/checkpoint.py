@@ -576,6 +576,7 @@ _NOT_TRUE_OF_OUT = {
     "report.json",
     "report.html",
     "recipe.yaml",
+    "selftest.json",
 }
 _SUBFOLDERS = ("additional_chat_templates",)
 

@@ -255,18 +255,36 @@ def inspect(
 
 
 @app.command(epilog="Example: pbq verify out && echo intact")
-def verify(out: Packed, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Check a packed checkpoint: checksums, shapes, versions, finite scales, the bits it claims."""
+def verify(
+    out: Packed,
+    forward: Annotated[
+        bool, typer.Option(help="also load it and compare its logits with those recorded")
+    ] = True,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check a packed checkpoint: every byte, what it claims to store, and one forward pass."""
     from pbq import checkpoint
 
     console = Console(quiet=quiet)
     with closing(console):
         console.stage("verify", None)
         report = checkpoint.verify(out, progress=console.step)
+        passed = None
+        if forward:
+            hush_libraries()
+            from pbq import selftest
+
+            console.stage("forward pass", None)
+            passed = selftest.check(out, device, trust_remote_code)
     if as_json:
-        print(json.dumps(report.to_dict()))
+        outcome = passed and dataclasses.asdict(passed)
+        print(json.dumps({**report.to_dict(), "forward": outcome}))
     elif not quiet:
-        console.table(report.rows(), title=f"{out} is intact")
+        said = str(passed) if passed else "none was recorded" if forward else "left out"
+        console.table({**report.rows(), "forward pass": said}, title=f"{out} is intact")
 
 
 @app.callback(invoke_without_command=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pbq import __version__, html_report, recipes, samples
+from pbq import __version__, html_report, recipes, samples, selftest
 from pbq.allocate import LayerPlan, PlanInput
 from pbq.checkpoint import copy_auxiliary
 from pbq.disk import size_text, writing
@@ -261,6 +261,8 @@ def write_checkpoint(
         # a .gguf file lies among files that are not its own
         if source.gguf is None:
             copy_auxiliary(source.path, staging, trust_remote_code=trust_remote_code)
+        device = report.run_options.get("device") or "auto"
+        selftest.record(staging, device, trust_remote_code)
         card = model_card(report, {} if source.gguf else card_metadata(source.path))
         (staging / "README.md").write_text(card, encoding="utf-8")
         about = {"pbq": __version__, "model": report.source}

@@ -4,7 +4,8 @@
 a fresh seeded model in RAM, `tiny_checkpoint(name)` a directory with it and its tokenizer (written
 once a session: copy it before changing it), `random_packed(n, k, tiers, ...)` a PackedWeight of
 random bits. `packed_model(name)` is a tiny model with such weights in every block linear,
-`packed_checkpoint(name)` the directory it was saved to, tokenizer included (copy before changing).
+`packed_checkpoint(name)` the directory it was saved to, tokenizer included (copy before changing);
+`packed_with_everything` one of a single block with every kind of tensor.
 `shared_data` is the folder of real text, `real_gguf` a real small model; both skip when absent.
 """
 
@@ -102,8 +103,7 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
     return build_tiny_model
 
 
-@pytest.fixture(scope="session")
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def build_tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte (ids 0..255), then pad 256, bos 257, eos 258; with a chat template."""
     alphabet = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
@@ -114,6 +114,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
     fast.chat_template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
     return fast
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """See `build_tiny_tokenizer`."""
+    return build_tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")
@@ -184,7 +190,9 @@ def random_packed() -> Callable[..., PackedWeight]:
     return build_random_packed
 
 
-def build_packed_model(architecture: str, **changes: object) -> PreTrainedModel:
+def build_packed_model(
+    architecture: str, *, overlay: float = 0.0, **changes: object
+) -> PreTrainedModel:
     from pbq.hf import PbqConfig, install
     from pbq.models import find_blocks, find_linears, weight_of
 
@@ -192,12 +200,28 @@ def build_packed_model(architecture: str, **changes: object) -> PreTrainedModel:
     name, blocks = find_blocks(model)
     packed = {
         f"{name}.{linear_name}": (
-            build_random_packed(*weight_of(linear).shape, seed=seed, column_scale=seed % 2 == 0),
+            build_random_packed(
+                *weight_of(linear).shape, seed=seed, column_scale=seed % 2 == 0, overlay=overlay
+            ),
             linear.bias,
         )
         for seed, (linear_name, linear) in enumerate(find_linears(blocks).items())
     }
     return install(model, packed, PbqConfig("random", 6.0, provenance={"source": architecture}))
+
+
+def write_packed(path: Path) -> None:
+    """A checkpoint with every kind of tensor that the format knows, in one block."""
+    build_packed_model("llama", overlay=0.07, num_hidden_layers=1).save_pretrained(path)
+    build_tiny_tokenizer().save_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def packed_with_everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `write_packed`; copy before changing."""
+    path = tmp_path_factory.mktemp("packed-with-everything")
+    write_packed(path)
+    return path
 
 
 @pytest.fixture(scope="session")

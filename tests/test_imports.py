@@ -50,6 +50,7 @@ FLOORS: dict[str, int] = {
     "pbq.html_report": 5,
     "pbq.plots": 5,
     "pbq.samples": 5,
+    "pbq.selftest": 5,
     "pbq.export": 5,
     "pbq.benchmark": 5,
     "pbq.publish": 5,

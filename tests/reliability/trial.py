@@ -1,0 +1,200 @@
+"""Runs of `pbq quantize` on a tiny model, each in a process of its own that may be killed.
+
+A run is forked from a process that has imported everything and computed nothing, so that a hundred
+of them take minutes; from there on it is what the console script does.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+import shutil
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pbq import console, pipeline, report, tune, work
+from pbq.cli import app
+
+# The command imports it late; here it must be there before the first fork.
+assert pipeline
+# What the stages of a run are called there, and here. "refine" is the tuning of a block.
+STAGES = {
+    "load the model": "load",
+    "calibration text": "calibrate",
+    "statistics": "calibrate",
+    "blocks": "reconstruct",
+    "distillation": "distil",
+    "write": "write",
+}
+NAMES = ["start", "load", "calibrate", "reconstruct", "refine", "distil", "write"]
+# Everything a run can do: two tiers, tuned blocks, latent weights, distillation.
+METHOD = """
+from pbq.allocate import LayerPlan, tiers_of
+from pbq.methods import waterfill
+from pbq.tune import BlockTuning, Distillation, Recipe
+from pbq_kernels.layout import Tier
+
+class Everything(waterfill.Waterfill):
+    def plan(self, layers, config):
+        return {name: self.split(layer.stats.x_sq) for name, layer in layers.items()}
+
+    def split(self, x_sq):
+        fine = len(x_sq) // 4
+        tiers = (Tier(1, len(x_sq) - fine), Tier(4, fine, tied=True))
+        return LayerPlan(tiers, tiers_of(x_sq, fine))
+
+    def recipe(self, config):
+        distillation = Distillation(steps=6, lr=2e-3, latent_lr=3e-3)
+        return Recipe(block=BlockTuning(epochs=1), distillation=distillation)
+
+def method(config):
+    return Everything()
+"""
+
+
+class Watch:
+    """Where a forked run is: its stage, how often it has entered one, and since when."""
+
+    _FORMAT = struct.Struct("qqd")
+
+    def __init__(self) -> None:
+        self._shared = mmap.mmap(-1, self._FORMAT.size)
+
+    def read(self) -> tuple[str, int, float]:
+        stage, entries, since = self._FORMAT.unpack_from(self._shared)
+        return NAMES[stage], entries, since
+
+    def enter(self, stage: str) -> None:
+        _, entries, _ = self.read()
+        self._FORMAT.pack_into(self._shared, 0, NAMES.index(stage), entries + 1, time.monotonic())
+
+    def reset(self) -> None:
+        self._FORMAT.pack_into(self._shared, 0, 0, 0, time.monotonic())
+
+    def install(self) -> None:
+        """In the child: say which stage is on; none of this changes what is computed."""
+        show, optimise = console.Console.stage, tune.optimise
+
+        def stage(self_: Any, name: str, total: int | None) -> None:
+            self.enter(STAGES[name])
+            show(self_, name, total)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            before = self.read()[0]
+            if before == "reconstruct":
+                self.enter("refine")
+            found = optimise(*args, **kwargs)
+            self.enter(before)
+            return found
+
+        console.Console.stage = stage  # type: ignore[method-assign]
+        tune.optimise = watched
+
+
+@dataclass
+class Trial:
+    """A tiny model, a text and a method in `folder`, and the runs made of them."""
+
+    folder: Path
+
+    @classmethod
+    def prepare(cls, folder: Path, build: Callable[[Path], None]) -> Trial:
+        """build: writes the model and its tokenizer into a directory."""
+        build(folder / "model")
+        (folder / "method.py").write_text(METHOD)
+        words = [
+            "a",
+            "few",
+            "words",
+            "of",
+            "which",
+            "nobody",
+            "will",
+            "ask",
+            "what",
+            "they",
+            "mean",
+        ]
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randint(len(words), (300,), generator=generator).tolist()
+        (folder / "text.txt").write_text(" ".join(words[i] for i in drawn))
+        return cls(folder)
+
+    def command(self, out: Path, *options: str) -> list[str]:
+        chosen = {"--method": self.folder / "method.py", "--calib": self.folder / "text.txt"}
+        chosen |= {"--bits": 5, "--nsamples": 4, "--seqlen": 32, "--device": "cpu"}
+        words = [str(word) for pair in chosen.items() for word in pair]
+        return ["quantize", str(self.folder / "model"), str(out), *words, *options]
+
+    def start(self, out: Path, *options: str, sabotage: Callable[[], object] = lambda: None) -> int:
+        """Process id of a forked run, which keeps the state of its distillation at every step."""
+        child = os.fork()
+        if child:
+            return child
+        code = 1
+        try:
+            log = os.open(self.log(out), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            sys.argv = ["pbq", *self.command(out, *options)]
+            work.KEEP_SECONDS = work.KEEP_SHARE = 0.0
+            # half of such a run: the page is made from report.json alone, with tests of its own
+            report.html_report.write_if_possible = lambda out: None
+            sabotage()
+            code = console.run_guarded(app)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+
+    def run(self, out: Path, *options: str, sabotage: Callable[[], object] = lambda: None) -> int:
+        """Exit code of a run; -9 when it was killed."""
+        return wait(self.start(out, *options, sabotage=sabotage))
+
+    def log(self, out: Path) -> Path:
+        """What the last run into `out` printed."""
+        return self.folder / f"{out.name}.log"
+
+
+def wait(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def clear(out: Path) -> None:
+    for path in (out, partial(out)):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+TIMES = ("seconds", "peak_bytes")
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k not in TIMES}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def contents(out: Path) -> dict[str, Any]:
+    """Every file of OUT, but for the seconds and the memory that report and card tell."""
+    files: dict[str, Any] = {
+        str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()
+    }
+    files["report.json"] = without_times(json.loads(files["report.json"]))
+    card = files["README.md"].decode()
+    files["README.md"] = re.sub(r"\| (seconds|peak memory) \|.*", "", card)
+    return files
