@@ -264,6 +264,12 @@ def _from_step(step: Tensor, offset: Tensor, planes: int) -> Grid:
     return Grid(half[:, None] * 2.0 ** torch.arange(planes, device=step.device), stored(offset))
 
 
+def weighted_mean(W: Tensor, weight: Tensor, otherwise: Tensor | float = 0.0) -> Tensor:
+    """Of each row [n] of W [n, c]; `otherwise` where all its weights [n, c] are zero."""
+    total = weight.sum(1)
+    return torch.where(total > 0, (W * weight).sum(1) / total.clamp(min=1e-30), otherwise)
+
+
 def weighted_error(W: Float[Tensor, "n c"], share: Float[Tensor, " c"], grid: Grid) -> Tensor:
     """Of each row [n]: sum_c share_c (W_nc - its nearest level)²."""
     return (W - grid.decode(grid.codes(W))).pow(2) @ share

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pbq.allocate import LayerPlan, PlanInput, most_columns, plan_each, tiers_of
 from pbq.config import QuantConfig
-from pbq.grid import Grid, fit_planes, stored
+from pbq.grid import Grid, fit_planes, stored, weighted_mean
 from pbq.hessian import inverse_cholesky, saliency
 from pbq.methods import Placement, at_best, refuse_options
 from pbq.tune import Recipe
@@ -158,7 +158,7 @@ def bell_split(W: Tensor, weight: Tensor) -> Grid:
     for p in magnitude.flatten().float().quantile(ranks):
         concentrated = magnitude <= p
         alpha_c, alpha_s = (
-            _mean(magnitude, share * side) for side in (concentrated, ~concentrated)
+            weighted_mean(magnitude, share * side) for side in (concentrated, ~concentrated)
         )
         lost = magnitude - torch.where(concentrated, alpha_c[:, None], alpha_s[:, None])
         found = float((lost**2 @ share).sum())
@@ -166,11 +166,6 @@ def bell_split(W: Tensor, weight: Tensor) -> Grid:
             scale = torch.stack([(alpha_s - alpha_c) / 2, (alpha_s + alpha_c) / 2], 1)
             best, error = Grid(stored(scale), best.offset), found
     return best
-
-
-def _mean(W: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean of every row [n], zero where all weights are."""
-    return (W * weight).sum(1) / weight.sum(1).clamp(min=1e-30)
 
 
 def refuse_foreign(config: QuantConfig) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pbq.allocate import LayerPlan, PlanInput, largest, plan_each, too_few_bits
 from pbq.config import QuantConfig
-from pbq.grid import Grid, stored
+from pbq.grid import Grid, stored, weighted_mean
 from pbq.hessian import inverse_cholesky, saliency
 from pbq.methods import Placement, at_best, refuse_criteria_but
 from pbq.tune import Recipe
@@ -114,18 +114,12 @@ def mean_and_deviation(W: Tensor, on_grid: Tensor) -> Grid:
 
 def two_levels(W: Tensor, weight: Tensor, iterations: int = 8) -> Grid:
     """The two levels of every row with the least squared error under weight [n, c] (Lloyd)."""
-    middle = _mean(W, weight, 0 * W[:, 0])
+    middle = weighted_mean(W, weight)
     for _ in range(iterations):
         above = middle[:, None] < W
-        high, low = (_mean(W, weight * side, middle) for side in (above, ~above))
+        high, low = (weighted_mean(W, weight * side, middle) for side in (above, ~above))
         middle = (high + low) / 2
     return Grid(stored((high - low) / 2)[:, None], stored(middle))
-
-
-def _mean(W: Tensor, weight: Tensor, otherwise: Tensor) -> Tensor:
-    """Weighted mean of every row [n]; `otherwise` where all weights are zero."""
-    total = weight.sum(1)
-    return torch.where(total > 0, (W * weight).sum(1) / total.clamp(min=1e-30), otherwise)
 
 
 def gap_bytes(n: int, k: int, entries: int) -> int:
