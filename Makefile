@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 PIP := $(RUN) -m pip --disable-pip-version-check -q
 
-.PHONY: quickstart test test-slow reliability lint format docs bench-quality bench-cpu bench-gpu bench-sass clean
+.PHONY: quickstart test test-slow reliability lint format docs bench-quality bench-cpu bench-gpu bench-sass bench-memory clean
 
 quickstart: $(VENV)/.demo
 	$(RUN) examples/quickstart.py $(OUT)
@@ -50,6 +50,9 @@ bench-cpu: $(VENV)/.dev
 
 bench-gpu: $(VENV)/.dev
 	$(RUN) bench/bench_gpu.py
+
+bench-memory: $(VENV)/.dev
+	$(RUN) bench/bench_memory.py
 
 bench-sass: $(VENV)/.dev
 	$(RUN) bench/count_sass.py

@@ -51,12 +51,37 @@ class LayerPlan:
         return WeightLayout(n, k, self.tiers, self.column_scale, self.overlay, self.overlay_bytes)
 
 
-@dataclass(frozen=True, eq=False)
 class PlanInput:
-    """A layer as an allocator sees it: the weight [n, k] and its statistics."""
+    """A layer as an allocator sees it: its shape, its statistics, and the weight for who must look.
 
-    W: Float[Tensor, "n k"]
-    stats: ChannelStats
+    shape: (n, k). w_sq [k]: sum of squares of each column. W [n, k] may be read from the disk when
+    it is asked for: ask layer after layer, in the order given, and never for its shape.
+    """
+
+    def __init__(
+        self,
+        W: Float[Tensor, "n k"] | Callable[[], Tensor],
+        stats: ChannelStats,
+        shape: tuple[int, int] | None = None,
+        w_sq: Float[Tensor, " k"] | None = None,
+    ) -> None:
+        """W: the weight, or what returns it; then shape and w_sq must be given."""
+        self._W, self.stats = W, stats
+        if isinstance(W, Tensor):
+            self.shape = (W.shape[0], W.shape[1])
+            self.w_sq = column_energy(W) if w_sq is None else w_sq
+        else:
+            assert shape is not None and w_sq is not None
+            self.shape, self.w_sq = shape, w_sq
+
+    @property
+    def W(self) -> Tensor:
+        return self._W if isinstance(self._W, Tensor) else self._W()
+
+
+def column_energy(W: Float[Tensor, "n k"]) -> Float[Tensor, " k"]:
+    """Sum of squares of each column, in float32."""
+    return W.float().pow(2).sum(0)
 
 
 def most_columns(
@@ -109,13 +134,13 @@ def plan_each(
     least_bits: Callable[[PlanInput], float],
     plan: Callable[[str, PlanInput], LayerPlan],
 ) -> dict[str, LayerPlan]:
-    """plan(name, layer) of every layer, the one that needs most bits first.
+    """plan(name, layer) of every layer; the one that needs most bits is tried first.
 
     What the refusal of that one names will do for all.
     """
-    first = sorted(layers, key=lambda name: least_bits(layers[name]), reverse=True)
-    plans = {name: plan(name, layers[name]) for name in first}
-    return {name: plans[name] for name in layers}
+    first = max(layers, key=lambda name: least_bits(layers[name]))
+    plan(first, layers[first])  # refuses for all of them
+    return {name: plan(name, layer) for name, layer in layers.items()}
 
 
 def tiers_of(score: Float[Tensor, " k"], c: int) -> UInt8[Tensor, " k"]:

@@ -24,6 +24,7 @@ from pbq.grid import QuantizedWeight
 from pbq.hessian import damp, proxy_loss
 from pbq.methods import Method, placement
 from pbq.models import run_block, set_weight, shared_inputs, weight_of
+from pbq.spill import HiddenStates
 from pbq.tune import Recipe, held_out
 
 
@@ -34,8 +35,12 @@ class Streams:
     fp: in the original model. quant: behind the quantized blocks so far.
     """
 
-    fp: list[Tensor]
-    quant: list[Tensor]
+    fp: HiddenStates
+    quant: HiddenStates
+
+    def close(self) -> None:
+        self.fp.close()
+        self.quant.close()
 
 
 @dataclass
@@ -179,8 +184,8 @@ class BlockQuantizer:
     config: QuantConfig
     name: str
     index: int = 0
-    targets: list[Tensor] = field(default_factory=list)
-    second: list[Tensor] = field(default_factory=list)
+    targets: HiddenStates = field(default_factory=HiddenStates)
+    second: HiddenStates = field(default_factory=HiddenStates)
 
     def run(self, streams: Streams, plans: Mapping[str, LayerPlan]) -> Reconstructed:
         """Quantize every linear in place (dense, rounded values) and return what was chosen.
@@ -196,7 +201,8 @@ class BlockQuantizer:
         originals = self._original_pass(streams.fp, chosen, wanted)
         if self.recipe.block is not None and self.recipe.block.dual:
             with torch.no_grad():
-                self.second = [run_block(self.block, x, self.call) for x in streams.quant]
+                for x in streams.quant:
+                    self.second.append(run_block(self.block, x, self.call))
         out = Reconstructed()
         for group in groups:
             mine = {f"{self.name}.{n}": bases[n] for n in group if n in bases}

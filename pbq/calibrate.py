@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -243,6 +243,25 @@ def channel_stats(
         for parameter in trainable:
             parameter.requires_grad_(True)
     for name, tap in taps.items():  # first: one bad input spoils the gradients of all layers
+        tap.check_inputs(name)
+    return {name: tap.stats(name) for name, tap in taps.items()}
+
+
+def input_stats(
+    linears: Mapping[str, nn.Module], run: Callable[[], None]
+) -> dict[str, ChannelStats]:
+    """Input statistics of every linear over all that `run` feeds them.
+
+    Raises NumericalError naming the layer whose inputs are not finite.
+    """
+    taps = {name: _Tap(module, gradients=False) for name, module in linears.items()}
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for tap in taps.values():
+            tap.remove()
+    for name, tap in taps.items():
         tap.check_inputs(name)
     return {name: tap.stats(name) for name, tap in taps.items()}
 

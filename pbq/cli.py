@@ -46,6 +46,10 @@ SalientShare = Annotated[
 ]
 Faithful = Annotated[bool, typer.Option(help="the paper's own recipe, whatever bits it stores")]
 Percdamp = Annotated[float, typer.Option(help="damping of H, share of its mean diagonal")]
+Memory = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(help="GiB of memory that the run may take; default: what is free"),
+]
 Seed = Annotated[int, typer.Option(help="sampling, shuffling, held-out rows")]
 
 
@@ -101,6 +105,7 @@ def quantize(
         typer.Option(help="repeat a run: its OUT/recipe.yaml; options typed here go first"),
     ] = None,
     device: Device = "auto",
+    memory: Memory = None,
     overwrite: Annotated[bool, typer.Option(help="replace OUT, at the very end")] = False,
     fresh: Annotated[
         bool, typer.Option(help="discard an unfinished run instead of resuming")
@@ -117,7 +122,7 @@ def quantize(
     config = _config(chosen)
     console = Console(quiet=quiet)
     if dry_run:
-        _print_plan(console, model, config, trust_remote_code, as_json)
+        _print_plan(console, model, config, trust_remote_code, as_json, memory)
         return
     from pbq import pipeline
 
@@ -134,6 +139,7 @@ def quantize(
             overwrite=overwrite,
             fresh=fresh,
             trust_remote_code=trust_remote_code,
+            memory=memory,
             observer=console,
         )
     if as_json:
@@ -155,19 +161,27 @@ def plan(
     criterion: Criterion = "damage",
     salient_share: SalientShare = 0.0,
     faithful: Faithful = False,
+    calib: Calib = "self",
+    memory: Memory = None,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what would be quantized, stored and needed, without quantizing (= --dry-run)."""
-    _print_plan(Console(), model, _config(_chosen(context)), trust_remote_code, as_json)
+    config = _config(_chosen(context))
+    _print_plan(Console(), model, config, trust_remote_code, as_json, memory)
 
 
 def _print_plan(
-    console: Console, model: str, config: QuantConfig, trust_remote_code: bool, as_json: bool
+    console: Console,
+    model: str,
+    config: QuantConfig,
+    trust_remote_code: bool,
+    as_json: bool,
+    memory: float | None,
 ) -> None:
     from pbq import planning
 
-    planned = planning.plan(model, config, trust_remote_code=trust_remote_code)
+    planned = planning.plan(model, config, trust_remote_code=trust_remote_code, memory=memory)
     if as_json:
         print(json.dumps(planned.to_dict()))
     else:

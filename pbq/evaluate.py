@@ -173,12 +173,14 @@ def perplexity(
     max_windows: int | None = None,
     progress: Progress | None = None,
     chunk: int = LOSS_CHUNK,
+    logits_of: Callable[[int], Tensor] | None = None,
 ) -> Perplexity:
     """Perplexity over non-overlapping windows (Frantar et al. 2022, the `opt_eval` of their code).
 
     Every window starts with an empty context, its first token is not predicted, and the mean of the
     windows' mean losses is exponentiated. The model is scored in its own dtype, the loss in fp32,
     `chunk` rows of logits at a time: the loss equals the one of `model(ids, labels=ids)`.
+    logits_of: the logits [window, v] of a window, by its number, where `model` is not to be run.
 
     Raises UsageError (window too long), DataError (text too short, or tokenized by another model's
     tokenizer), NumericalError (a loss that is not finite; names the window) and ResourceError.
@@ -202,7 +204,10 @@ def perplexity(
         for done in range(windows):
             ids = text.ids[done * window : (done + 1) * window].to(model.device)
             with torch.no_grad(), _out_of_memory_named("a smaller --window, or --device cpu"):
-                logits = model(ids[None], use_cache=False).logits[0]
+                if logits_of is None:
+                    logits = model(ids[None], use_cache=False).logits[0]
+                else:
+                    logits = logits_of(done)
                 loss = _mean_loss(logits[:-1], ids[1:], chunk)
             # freed before the next forward allocates its own
             del logits

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,15 +137,20 @@ def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
             yield name, module
 
 
-def checksums(model: PreTrainedModel) -> dict[str, str]:
+def checksums(
+    model: PreTrainedModel, tensors: Mapping[str, Tensor] | None = None
+) -> dict[str, str]:
     """Checksum of every tensor that save_pretrained will write, by its name in the state dict.
+
+    tensors: those that will be written, if not all.
 
     Offloaded tensors are left out, and three-dimensional ones: experts are saved one by one.
     """
     unsaved = model._keys_to_ignore_on_save or set()
+    tensors = model.state_dict() if tensors is None else tensors
     return {
         name: checksum(tensor)
-        for name, tensor in model.state_dict().items()
+        for name, tensor in tensors.items()
         if name not in unsaved and not tensor.is_meta and tensor.ndim < 3
     }
 
@@ -175,6 +181,21 @@ def install(
     return model
 
 
+@contextmanager
+def saving_part(model: PreTrainedModel, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, save_pretrained of a packed model writes these of its tensors only.
+
+    Their checksums are added to those of the parts written before.
+    """
+    quantizer = model.hf_quantizer
+    assert isinstance(quantizer, PbqQuantizer)
+    quantizer.part = tensors
+    try:
+        yield
+    finally:
+        quantizer.part = None
+
+
 def _check_place(model: nn.Module, name: str, layer: PackedLayer) -> Tensor:
     """The weight of the linear that `layer` is to replace. Raises CheckpointError."""
     owner = type(model).__name__
@@ -200,6 +221,8 @@ class PbqQuantizer(HfQuantizer):
     # from_pretrained(dense model, quantization_config=PbqConfig(...)) is refused with a clear error
     requires_calibration = True
     quantization_config: PbqConfig
+    # what save_pretrained is to write, if not the whole model
+    part: dict[str, Tensor] | None = None
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for name, layer in self.quantization_config.layers.items():
@@ -234,8 +257,14 @@ class PbqQuantizer(HfQuantizer):
                 f"{expected}); copy the checkpoint again"
             )
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """save_pretrained asks this first, before it writes config.json."""
+        if self.part is not None:
+            known = self.quantization_config.checksums
+            self.quantization_config.checksums = {**known, **checksums(model, self.part)}
+            return dict(self.part), {}
         offloaded = {
             f"{name}.{key}"
             for name, linear in packed_linears(model)

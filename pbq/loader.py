@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import logging
 
 from pbq.errors import ModelError
 from pbq.models import find_blocks, load_model, refusing
@@ -42,7 +43,7 @@ class BlockLoader:
         trust_remote_code: bool = False,
     ) -> None:
         """Raises what models.load_model does."""
-        self._source = source
+        self._source, self.trust_remote_code = source, trust_remote_code
         self._reader: _Reader | None = None
         with self._leaving_blocks_out():
             self.model, self.tokenizer = load_model(source, dtype, device, trust_remote_code)
@@ -158,7 +159,8 @@ class _Reader:
     def _read(self, names: list[str]) -> _Loaded:
         opened = {file: _open(file) for file in {self._stored[name][0] for name in names}}
         slices = {name: opened[self._stored[name][0]].get_slice(name) for name in names}
-        return self._load(self._model, slices, None, self._config)
+        with _no_progress_bar():
+            return self._load(self._model, slices, None, self._config)
 
 
 def _renaming(
@@ -184,6 +186,18 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="pt", backend="pread")
     except TypeError:  # before safetensors 0.8
         return safe_open(file, framework="pt")
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers would show one for every block."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def to_meta(module: nn.Module) -> None:

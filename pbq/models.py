@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 import pbq.hf  # packed models load too
 from pbq.errors import ModelError, PbqError, ResourceError, UsageError
 from pbq.sources import Source, resolve_source
+from pbq.spill import HiddenStates
 
 log = logging.getLogger(__name__)
 
@@ -285,7 +286,7 @@ class Recording:
     """hidden: what enters the first block, per batch. calls[block][batch]: the rest, equal ones
     stored once, so that without padding `calls[block][0]` serves every batch of the same shape."""
 
-    hidden: list[Tensor] = field(default_factory=list)
+    hidden: HiddenStates = field(default_factory=HiddenStates)
     calls: list[list[Call]] = field(default_factory=list)
 
 
@@ -301,18 +302,22 @@ def run_block(block: Callable[..., Any], hidden: Tensor, call: Call) -> Tensor:
 
 @torch.no_grad()
 def record_calls(
-    model: PreTrainedModel, blocks: nn.ModuleList, batches: Iterable[Tensor]
+    model: PreTrainedModel,
+    blocks: nn.ModuleList,
+    batches: Iterable[Tensor],
+    hidden: HiddenStates | None = None,
 ) -> Recording:
     """Every block's own arguments for every batch of token ids [b, L]; no block is run.
 
     Stubs that pass the hidden states through stand in for the blocks, which may be on meta. One
     block's arguments do not do for the others: masks and rope differ between the layers of gemma
-    or of sliding-window models. Raises ModelError when the model does not take such stubs.
+    or of sliding-window models. hidden: where to put the first block's inputs. Raises ModelError
+    when the model does not take such stubs.
     """
-    recording = Recording(calls=[[] for _ in blocks])
+    recording = Recording(HiddenStates() if hidden is None else hidden, [[] for _ in blocks])
     for ids in batches:
-        hidden, calls, _ = _through_stubs(model, blocks, ids)
-        recording.hidden.append(hidden)
+        entering, calls, _ = _through_stubs(model, blocks, ids)
+        recording.hidden.append(entering)
         _append_calls(recording.calls, calls)
     return recording
 

@@ -1,7 +1,9 @@
 """quantize(): the story of a run, top to bottom.
 
-load → calibration text → statistics → plan → block by block (reconstruct, tune, save) → distil →
-pack into OUT. Every finished step is saved, so that the same command goes on where it stopped.
+calibration text → statistics → plan → block by block (load, reconstruct, tune, save) → distil →
+write OUT, block by block. Only what samples from the model, takes its gradients or distils it needs
+more than one block in memory. Every finished step is saved, so that the same command goes on where
+it stopped.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,28 +22,24 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pbq import __version__, methods
-from pbq.allocate import LayerPlan, PlanInput, stored_bits
+from pbq import __version__, hf, methods
+from pbq.allocate import LayerPlan, stored_bits
 from pbq.blocks import BlockQuantizer, Reconstructed, Streams
-from pbq.calibrate import STATISTICS_ROWS, Calibration, batches, channel_stats, load_calibration
+from pbq.blockwise import Layers, ScoredText, through_block
+from pbq.calibrate import STATISTICS_ROWS, Calibration, batches, load_calibration
 from pbq.config import QuantConfig
-from pbq.disk import check_space, tensor_bytes
+from pbq.disk import check_space
 from pbq.errors import DataError, UsageError
-from pbq.evaluate import (
-    WINDOW,
-    Perplexity,
-    TokenizedText,
-    perplexity,
-    tokenize_file,
-)
+from pbq.evaluate import WINDOW, Perplexity, TokenizedText, tokenize_file
+from pbq.finished import Finished, block_key, copy_norms, flatten, norms_of, restore
 from pbq.forecast import Speed, in_words, seconds
-from pbq.hf import PbqConfig, install
+from pbq.hf import PbqConfig, install, packed_linears
+from pbq.loader import BlockLoader
+from pbq.memory import budget, needs, refuse, spills, whole_model_bytes
 from pbq.models import (
     check_coverage,
     compute_dtype,
-    find_blocks,
     find_linears,
-    load_model,
     pick_device,
     record_calls,
     run_block,
@@ -50,11 +48,16 @@ from pbq.models import (
     weight_of,
 )
 from pbq.pack import pack, unpack
-from pbq.report import RunReport, write_checkpoint
-from pbq.sources import resolve_source
+from pbq.report import RunReport, write_beside
+from pbq.shards import ShardWriter
+from pbq.sources import Source, resolve_source
+from pbq.spill import Spill
 from pbq.tune import STEP_TOKENS, TunableWeight, distill, held_out, tune_block
 from pbq.work import Keeper, Work, check_target
-from pbq_kernels import PackedWeight, WeightLayout
+from pbq_kernels import PackedWeight
+
+# Shards of a model of small blocks need not be as small.
+LEAST_SHARD_BYTES = 64 * 2**20
 
 
 class Observer(Protocol):
@@ -96,13 +99,15 @@ def quantize(
     overwrite: bool = False,
     fresh: bool = False,
     trust_remote_code: bool = False,
+    memory: float | None = None,
     observer: Observer | None = None,
 ) -> RunReport:
     """Quantize the causal LM at `source` into the directory `out`.
 
     source: hub id, local directory or .gguf file. device: auto | cpu | cuda[:i]. ppl_text: measure
-    the perplexity on this file before and after and put it in the model card. An interrupted run
-    resumes with the same arguments; `fresh` discards it instead. Raises PbqError.
+    the perplexity on this file before and after and put it in the model card. memory: GiB that the
+    run may take, if not all there are. An interrupted run resumes with the same arguments; `fresh`
+    discards it instead. Raises PbqError.
     """
     out = Path(out)
     method = methods.get(config.method, config)
@@ -114,39 +119,50 @@ def quantize(
         with report.timed("load"):
             found, where = resolve_source(source), pick_device(device)
             dtype = compute_dtype(found, where)
-            model, tokenizer = load_model(found, dtype, where, trust_remote_code)
-            model.requires_grad_(False)
-            check_coverage(model)
-            text = _text(model, tokenizer, ppl_text, ppl_windows) if ppl_text else None
-        run = _Run(model, tokenizer, config, method, report, shown)
-        opened = Work.open(out, run.fingerprint(source), fresh=fresh, overwrite=overwrite)
+            loader = BlockLoader(found, dtype, where, trust_remote_code)
+            check_coverage(loader.model)
+            text = _text(loader, ppl_text, ppl_windows) if ppl_text else None
+        run = _Run(loader, config, method, report, shown, budget(memory, loader.device))
+        run.check_memory()
+        fingerprint = run.fingerprint(found)
+        opened = Work.open(out, fingerprint, fresh=fresh, overwrite=overwrite)
         with opened as work, _dropping_what_was_refused(work):
             check_space(work.path, run.estimated_bytes())
             shown.line(run.forecast())
             calibration = run.calibration(work)
             if text is not None:
-                report.before = run.perplexity(work, text, ppl_windows)
-                report.note_samples("before", model, tokenizer, text)
-            packed = run.quantize_blocks(work, calibration)
-            run.install(packed, calibration)
-            if text is not None:
-                report.after = run.perplexity(None, text, ppl_windows)
-                report.note_samples("after", model, tokenizer, text)
-            report.count(model)
-            shown.stage("write", None)
-            work.finish(
-                lambda staging: write_checkpoint(
-                    staging, found, model, tokenizer, report, trust_remote_code=trust_remote_code
+                run.score_original(work, text)
+            finished = run.quantize_blocks(work, calibration)
+            shown.stage("write", len(loader.blocks))
+
+            def write(staging: Path) -> None:
+                run.write_model(staging, work, finished, calibration, text)
+                write_beside(
+                    staging,
+                    found,
+                    loader.tokenizer,
+                    report,
+                    trust_remote_code=trust_remote_code,
+                    memory=run.budget,
                 )
-            )
+
+            work.finish(write)
     return report
 
 
-def _text(model: Any, tokenizer: Any, path: Path, windows: int | None) -> TokenizedText:
+def _text(loader: BlockLoader, path: Path, windows: int | None) -> _Text:
     """The text to be scored; whatever `perplexity` would refuse about it is refused here."""
-    text = tokenize_file(tokenizer, path)
-    text.count_windows(_window(model), windows)
-    return text
+    text, window = tokenize_file(loader.tokenizer, path), _window(loader.model)
+    return _Text(text, window, text.count_windows(window, windows))
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text to be scored, and in how many windows of how many tokens."""
+
+    tokenized: TokenizedText
+    window: int
+    windows: int
 
 
 def _window(model: Any) -> int:
@@ -170,28 +186,38 @@ def _dropping_what_was_refused(work: Work) -> Iterator[None]:
 class _Run:
     """What the steps of one run share."""
 
-    model: Any
-    tokenizer: Any
+    loader: BlockLoader
     config: QuantConfig
     method: methods.Method
     report: RunReport
     observer: Observer
-    blocks_name: str = field(init=False)
-    blocks: nn.ModuleList = field(init=False)
+    budget: int
 
     def __post_init__(self) -> None:
-        self.blocks_name, self.blocks = find_blocks(self.model)
+        self.model, self.blocks = self.loader.model, self.loader.blocks
         self.recipe = self.method.recipe(self.config)
+        self.needs = needs(
+            self.model,
+            self.config,
+            self.recipe,
+            gradients=self.method.wants_gradients,
+            streams=self.loader.streams,
+            budget=self.budget,
+        )
+
+    def check_memory(self) -> None:
+        """Raise ResourceError before the work when memory will not do for it."""
+        refuse(Path(self.report.source).name, self.needs, self.budget, self.config)
 
     def linears(self) -> dict[str, nn.Module]:
         """Every linear that will be quantized, by its name in the model."""
         return {
-            f"{self.blocks_name}.{i}.{name}": module
+            f"{self.loader.name}.{i}.{name}": module
             for i, block in enumerate(self.blocks)
             for name, module in find_linears(block).items()
         }
 
-    def fingerprint(self, source: str) -> dict[str, str]:
+    def fingerprint(self, source: Source) -> dict[str, str]:
         """What must be equal for a half-finished run to go on."""
         config = {f"config.{k}": str(v) for k, v in self.config.to_dict().items()}
         recipe = {f"recipe.{k}": str(v) for k, v in dataclasses.asdict(self.recipe).items()}
@@ -200,10 +226,10 @@ class _Run:
         files = [Path(x) for x in named if Path(x).is_file()]
         text = ",".join(hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files)
         return {
-            "model": source,
-            "weights": _digest(self.model),
+            "model": source.name,
+            "weights": source.digest(),
             "calibration text, method file": text,
-            "device": str(next(self.model.parameters()).device),
+            "device": str(self.loader.device),
             "pbq": __version__,
             **config,
             **recipe,
@@ -219,7 +245,8 @@ class _Run:
         everything = sum(p.numel() * p.element_size() for p in self.model.parameters())
         dense = sum(weight_of(m).numel() * weight_of(m).element_size() for m in linears)
         latents = 2 * quantized if self._keeps_latents() else 0
-        return int(2 * quantized * self.config.bits / 8) + everything - dense + latents
+        states = self.needs.states if spills(self.needs.states, self.budget) else 0
+        return int(2 * quantized * self.config.bits / 8) + everything - dense + latents + states
 
     def _keeps_latents(self) -> bool:
         return self.recipe.distillation is not None and self.recipe.distillation.latent_lr > 0
@@ -230,7 +257,7 @@ class _Run:
         first = next(iter(weights.values()))
         head = self.model.get_output_embeddings().weight.numel()
         shapes = {name: (W.shape[0], W.shape[1]) for name, W in weights.items()}
-        speed = Speed.measure(first.dtype, first.device)
+        speed = Speed.measure(first.dtype, self.loader.device)
         found = seconds(shapes, head, self.config, self.recipe, speed)
         return f"at this machine's present speed about {in_words(found)}"
 
@@ -241,11 +268,13 @@ class _Run:
             tensors, meta = work.load("calibration")
             return Calibration(tensors["ids"], meta["source"])
         self.observer.stage("calibration text", None)
-        with self.report.timed("calibration text"):
+        sampled = "self" in self.config.calib.split("+")
+        whole = self.loader.whole() if sampled else nullcontext(self.model)
+        with self.report.timed("calibration text"), whole as model:
             calibration = load_calibration(
                 self.config.calib,
-                self.tokenizer,
-                self.model,
+                self.loader.tokenizer,
+                model,
                 nsamples=self.config.nsamples,
                 seqlen=self.config.seqlen,
                 seed=self.config.seed,
@@ -254,42 +283,66 @@ class _Run:
         work.save("calibration", {"ids": calibration.ids}, {"source": calibration.source})
         return calibration
 
-    def perplexity(self, work: Work | None, text: TokenizedText, windows: int | None) -> Perplexity:
-        """Before (kept in `work`, so that a resumed run need not measure again) or after."""
-        window = _window(self.model)
-        if work is not None and work.has("perplexity"):
-            kept = Perplexity(**work.load("perplexity")[1])
-            # the text is no part of the run's fingerprint: another may be given when resuming
-            if (kept.sha256, kept.windows) == (text.sha256, text.count_windows(window, windows)):
-                return kept
-        name = "after" if work is None else "before"
-        self.observer.stage(f"perplexity {name}", None)
+    def score_original(self, work: Work, text: _Text) -> None:
+        """Perplexity and samples before; in `work`, so that a resumed run need not measure again.
+
+        Samples are written by the whole model: without the memory for it there are none.
+        """
+        self.report.before = self._kept_perplexity(work, text) or self._score(work, text)
+        if self.fits_whole():
+            with self.loader.whole() as model:
+                self.report.note_samples("before", model, self.loader.tokenizer, text.tokenized)
+        else:
+            self.observer.line("no samples of text: the whole model does not fit into memory")
+
+    def fits_whole(self) -> bool:
+        return whole_model_bytes(self.model) <= self.budget - self.needs.imports
+
+    def _kept_perplexity(self, work: Work, text: _Text) -> Perplexity | None:
+        if not work.has("perplexity"):
+            return None
+        kept = Perplexity(**work.load("perplexity")[1])
+        # the text is no part of the run's fingerprint: another may be given when resuming
+        same = (kept.sha256, kept.windows) == (text.tokenized.sha256, text.windows)
+        return kept if same else None
+
+    def _score(self, work: Work, text: _Text) -> Perplexity:
+        self.observer.stage("perplexity before", len(self.blocks))
         with self.report.timed("perplexity"):
-            found = perplexity(
-                self.model, text, window=window, max_windows=windows, progress=self.observer.step
-            )
-        if work is not None:
-            work.save("perplexity", {}, dataclasses.asdict(found))
+            scored = self._scored_text(work, text)
+            for i in range(len(self.blocks)):
+                with self.loader.loaded(i):
+                    scored.through(i)
+                self.observer.step(i + 1, len(self.blocks))
+            found = scored.perplexity()
+        work.save("perplexity", {}, dataclasses.asdict(found))
         return found
+
+    def _scored_text(self, work: Work, text: _Text) -> ScoredText:
+        spill = self._spill(work, text.windows * text.window)
+        return ScoredText(self.loader, text.tokenized, text.window, text.windows, spill)
+
+    def _spill(self, work: Work, tokens: int) -> Spill:
+        """Where hidden states of so many tokens are kept."""
+        all_of_them = self.needs.states * tokens // (self.config.nsamples * self.config.seqlen)
+        return Spill(work.path if spills(all_of_them, self.budget) else None)
 
     # --- plan ----------------------------------------------------------------------------------
 
-    def plan(self, ids: Tensor) -> dict[str, LayerPlan]:
+    def plan(self, work: Work, ids: Tensor) -> dict[str, LayerPlan]:
         """Statistics of the original model on up to 16 segments, and the tiers from them."""
         self.observer.stage("statistics", None)
-        linears = self.linears()
-        with self.report.timed("statistics"):
-            stats = channel_stats(
-                self.model,
-                linears,
-                ids[:: max(1, len(ids) // STATISTICS_ROWS)][:STATISTICS_ROWS],
+        some = ids[:: max(1, len(ids) // STATISTICS_ROWS)][:STATISTICS_ROWS]
+        with self.report.timed("statistics"), closing(Layers(self.loader)) as read:
+            layers = read.inputs(
+                some,
                 gradients=self.method.wants_gradients,
+                spill=self._spill(work, some.numel()),
                 progress=self.observer.step,
             )
-            layers = {n: PlanInput(weight_of(m), stats[n]) for n, m in linears.items()}
             plans = self.method.plan(layers, self.config)
             self.report.note_plan(layers, plans)
-        rows = {name: layer.W.shape[0] for name, layer in layers.items()}
+        rows = {name: layer.shape[0] for name, layer in layers.items()}
         self.report.bits = stored_bits(plans, rows)
         self.report.paper_bits = self.method.paper_bits(plans, rows)
         if self.report.bits > self.config.bits and not self.config.faithful:
@@ -301,57 +354,53 @@ class _Run:
 
     # --- blocks --------------------------------------------------------------------------------
 
-    def quantize_blocks(self, work: Work, calibration: Calibration) -> dict[str, PackedWeight]:
+    def quantize_blocks(self, work: Work, calibration: Calibration) -> Finished:
         """Block by block; a block already in `work` is only run, to feed the one behind it."""
-        device = next(self.model.parameters()).device
-        rows = batches(calibration.ids.to(device), self.recipe.batch)
-        plans = self.plan(calibration.ids)
-        recording = record_calls(self.model, self.blocks, rows)
-        streams = Streams(recording.hidden, list(recording.hidden))
-        packed: dict[str, PackedWeight] = {}
+        ids = calibration.ids.to(self.loader.device)
+        rows = batches(ids, self.recipe.batch)
+        plans = self.plan(work, calibration.ids)
+        spill = self._spill(work, ids.numel())
+        recording = record_calls(self.model, self.blocks, rows, spill.states())
+        streams = Streams(recording.hidden, recording.hidden)
         self.observer.stage("blocks", len(self.blocks))
-        for i, block in enumerate(self.blocks):
-            name = f"{self.blocks_name}.{i}"
-            with self.report.timed("blocks"):
-                packed |= self._block(work, block, name, i, recording.calls[i][0], streams, plans)
+        for i, calls in enumerate(recording.calls):
+            with self.report.timed("blocks"), self.loader.loaded(i) as block:
+                streams = self._block(work, block, i, calls[0], streams, plans, spill)
             self.observer.step(i + 1, len(self.blocks))
+        finished = Finished(work, self.loader.name, len(self.blocks), self.loader.device)
         if self.recipe.distillation is not None:
-            packed = self._distil(work, packed, rows, streams.fp)
-        return packed
+            finished.replace_by(self._distil(work, finished, rows, streams.fp))
+        streams.close()
+        return finished
 
     def _distil(
         self,
         work: Work,
-        packed: Mapping[str, PackedWeight],
+        finished: Finished,
         rows: Sequence[Tensor],
         hidden: Sequence[Tensor],
-    ) -> dict[str, PackedWeight]:
+    ) -> dict[str, Tensor]:
         """Train the whole model towards the original, whose last hidden states are `hidden`."""
         settings = self.recipe.distillation
         assert settings is not None
-        linears = self.linears()
         if work.has("distillation"):
             tensors, meta = work.load("distillation")
-            device = next(self.model.parameters()).device
-            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         else:
             self.observer.stage("distillation", settings.steps)
-            with self.report.timed("distillation"):
-                tensors, meta = self._train(work, packed, rows, hidden, linears)
+            with self.report.timed("distillation"), self.loader.whole():
+                for i, block in enumerate(self.blocks):
+                    copy_norms(block, finished.block(i)[1])
+                tensors, meta = self._train(work, dict(finished), rows, hidden, self.linears())
             work.save("distillation", tensors, meta)
             work.forget("training")
         self.report.distillation = meta["tuned"]
-        found = _unflatten(tensors, {n: pw.layout for n, pw in packed.items()})
-        for name, pw in found.items():
-            set_weight(linears[name], unpack(pw).dequantize())
-        _copy_norms(self.model, tensors)
-        return found
+        return {name: tensor.to(self.loader.device) for name, tensor in tensors.items()}
 
     def _latent(self, work: Work, name: str) -> Tensor:
         """Where the latent weight of a linear starts: as GPTQ compensated it before rounding."""
-        index, linear = name.removeprefix(f"{self.blocks_name}.").split(".", 1)
+        index, linear = name.removeprefix(f"{self.loader.name}.").split(".", 1)
         tensors, _ = work.load(f"block-{int(index):05d}")
-        return tensors[f"latent.{linear}"].float().to(next(self.model.parameters()).device)
+        return tensors[f"latent.{linear}"].float().to(self.loader.device)
 
     def _train(
         self,
@@ -364,20 +413,21 @@ class _Run:
         settings = self.recipe.distillation
         assert settings is not None
         steps, unseen = _steps_of(rows)
-        # views of single rows: a step may take them from several batches
-        rows = [row for batch in rows for row in batch.split(1)]
-        hidden = [row for batch in hidden for row in batch.split(1)]
+        # single rows: a step may take them from several batches, which are all of one size
+        size = len(rows[0])
+
+        def taken(batches: Sequence[Tensor], i: int) -> Tensor:
+            return torch.cat([batches[j // size][j % size, None] for j in steps[i]])
 
         def student(W: Mapping[str, Tensor], gains: Mapping[str, Tensor], i: int) -> Tensor:
             called = _Functional(self.model, linears, W, gains)
-            return called(torch.cat([rows[j] for j in steps[i]]), use_cache=False).logits
+            return called(taken(rows, i), use_cache=False).logits
 
         # functional: the model keeps its own final norm, so the target does not move
-        norms = {n: p.detach().clone() for n, p in _norms(self.model).items()}
+        norms = {n: p.detach().clone() for n, p in norms_of(self.model).items()}
 
         def teacher(i: int) -> Tensor:
-            ids, states = (torch.cat([x[j] for j in steps[i]]) for x in (rows, hidden))
-            return run_tail(self.model, self.blocks, ids, states)
+            return run_tail(self.model, self.blocks, taken(rows, i), taken(hidden, i))
 
         weights = {
             n: TunableWeight(
@@ -404,7 +454,7 @@ class _Run:
             f"distillation  held-out KL {tuned.before:.4f} -> {tuned.after:.4f} nats"
             + ("" if tuned.kept else ", not kept")
         )
-        tensors = _flatten({n: pack(qw) for n, qw in found.items()})
+        tensors = flatten({n: pack(qw) for n, qw in found.items()})
         tensors |= {f"norm.{n}": gain for n, gain in gains.items()}
         return tensors, {"tuned": dataclasses.asdict(tuned)}
 
@@ -412,36 +462,46 @@ class _Run:
         self,
         work: Work,
         block: nn.Module,
-        name: str,
         index: int,
         call: Any,
         streams: Streams,
         plans: Mapping[str, LayerPlan],
-    ) -> dict[str, PackedWeight]:
-        """Quantize one block, or take it from `work`; move both streams behind it."""
-        key, started = f"block-{index:05d}", time.monotonic()
+        spill: Spill,
+    ) -> Streams:
+        """Quantize one block, or take it from `work`; return both streams behind it."""
+        name, key, started = f"{self.loader.name}.{index}", block_key(index), time.monotonic()
         resumed = work.has(key)
         if resumed:
-            targets = [_forward(block, x, call) for x in streams.fp]
-            packed, meta = _restore(work, key, block)
+            targets = through_block(block, streams.fp, call, spill)
+            meta = restore(work, key, block)
         else:
             quantizer = BlockQuantizer(
-                block, find_linears(block), call, self.method, self.recipe, self.config, name, index
+                block,
+                find_linears(block),
+                call,
+                self.method,
+                self.recipe,
+                self.config,
+                name,
+                index,
+                spill.states(),
+                spill.states(),
             )
             done = quantizer.run(streams, plans)
             targets = quantizer.targets
             packed, meta = self._tune_and_pack(quantizer, done, streams, index)
+            quantizer.second.close()
             meta["seconds"] = time.monotonic() - started
-            kept = {f"norm.{n}": p for n, p in _norms(block).items()}
+            kept = {f"norm.{n}": p for n, p in norms_of(block).items()}
             if self._keeps_latents():
                 kept |= {f"latent.{n}": x.bfloat16() for n, x in done.latents.items()}
-            work.save(key, {**_flatten(packed), **kept}, meta)
-        streams.quant = [_forward(block, x, call) for x in streams.quant]
-        streams.fp = targets
+            work.save(key, {**flatten(packed), **kept}, meta)
+        behind = Streams(targets, through_block(block, streams.quant, call, spill))
+        streams.close()
         self.report.blocks.append({"name": name, **meta})
         if not resumed:
             self.observer.line(_block_line(name, meta))
-        return {f"{name}.{linear}": pw for linear, pw in packed.items()}
+        return behind
 
     def _tune_and_pack(
         self, quantizer: BlockQuantizer, done: Reconstructed, streams: Streams, index: int
@@ -471,7 +531,7 @@ class _Run:
                     )
                     for n, qw in weights.items()
                 },
-                _norms(block),
+                norms_of(block),
                 streams.quant,
                 quantizer.targets,
                 quantizer.second if tuning.dual else None,
@@ -488,13 +548,71 @@ class _Run:
 
     # --- the packed model ----------------------------------------------------------------------
 
-    def install(self, packed: Mapping[str, PackedWeight], calibration: Calibration) -> None:
-        """Swap the dense linears for packed ones; from here on the model is what will be loaded."""
+    def write_model(
+        self,
+        staging: Path,
+        work: Work,
+        finished: Finished,
+        calibration: Calibration,
+        text: _Text | None,
+    ) -> None:
+        """Pack block after block into the model, write it, and score it on the way."""
         self.report.calibration = calibration.label()
-        self.report.notes = methods.notes(self.method, packed)
-        linears = self.linears()
-        biases = {name: getattr(linears[name], "bias", None) for name in packed}
-        quantization = PbqConfig(
+        self.report.notes = methods.notes(self.method, finished)
+        quantization = self._quantization_config(calibration)
+        copy_norms(self.model, finished.norms_around())
+        scored = None if text is None else self._scored_text(work, text)
+        inside = f"{self.loader.name}."
+        writer = ShardWriter(self.model, staging, self._shard_bytes(), self._written)
+        for i in range(len(self.blocks)):
+            block = self.loader.load(i)
+            packed, norms = finished.block(i)
+            copy_norms(block, norms)
+            linears = find_linears(block)
+            named = {f"{inside}{i}.{n}": (pw, linears[n].bias) for n, pw in packed.items()}
+            install(self.model, named, quantization)
+            for name in named:
+                self.report.note_stored(name, self.model.get_submodule(name))
+            if scored is not None:
+                with self.report.timed("perplexity"):
+                    scored.through(i)
+            if i == 0:
+                around = self.model.state_dict()
+                writer.add("", {n: t for n, t in around.items() if not n.startswith(inside)})
+            writer.add(str(i), block.state_dict(prefix=f"{inside}{i}."))
+            self.observer.step(i + 1, len(self.blocks))
+        writer.finish()
+        if text is not None and scored is not None:
+            with self.report.timed("perplexity"):
+                self.report.after = scored.perplexity()
+            self._sample_from(staging, text)
+        self.report.count(self.model)
+
+    def _written(self, part: str) -> None:
+        """A block is on the disk: drop it."""
+        if part:
+            for _, linear in packed_linears(self.blocks[int(part)]):
+                linear.forget_prepared()
+            self.loader.drop(int(part))
+
+    def _shard_bytes(self) -> int:
+        """As much as is in memory anyway while a block is quantized."""
+        around = whole_model_bytes(self.model) - whole_model_bytes(self.blocks)
+        largest = max(whole_model_bytes(block) for block in self.blocks)
+        return around + max(largest, LEAST_SHARD_BYTES)
+
+    def _sample_from(self, staging: Path, text: _Text) -> None:
+        """What the model as it was written makes of the prompts, if there are any."""
+        if self.report.samples:
+            model = hf.load(
+                str(staging),
+                device_map={"": self.loader.device},
+                trust_remote_code=self.loader.trust_remote_code,
+            )
+            self.report.note_samples("after", model, self.loader.tokenizer, text.tokenized)
+
+    def _quantization_config(self, calibration: Calibration) -> PbqConfig:
+        return PbqConfig(
             method=self.config.method,
             # a paper's recipe promises no budget
             bits=None if self.config.faithful else self.config.bits,
@@ -506,7 +624,6 @@ class _Run:
                 "pbq": __version__,
             },
         )
-        install(self.model, {n: (pw, biases[n]) for n, pw in packed.items()}, quantization)
 
 
 def _steps_of(batches: Sequence[Tensor]) -> tuple[list[list[int]], list[int]]:
@@ -541,65 +658,6 @@ class _Functional:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return functional_call(self._block, self._parameters, args, kwargs)
-
-
-def _norms(block: nn.Module) -> dict[str, Tensor]:
-    """Gains of the block's norms: they are stored anyway, so tuning them costs no bits."""
-    return {
-        f"{name}.weight": module.weight
-        for name, module in block.named_modules()
-        if "norm" in type(module).__name__.lower()
-        and isinstance(getattr(module, "weight", None), nn.Parameter)
-    }
-
-
-@torch.no_grad()
-def _forward(block: nn.Module, x: Tensor, call: Any) -> Tensor:
-    return run_block(block, x, call)
-
-
-def _flatten(packed: Mapping[str, PackedWeight]) -> dict[str, Tensor]:
-    return {f"{n}.{key}": t for n, pw in packed.items() for key, t in pw.tensors.items()}
-
-
-def _restore(
-    work: Work, key: str, block: nn.Module
-) -> tuple[dict[str, PackedWeight], dict[str, Any]]:
-    """A finished block from `work`: its packed weights, and its dense values put in place."""
-    tensors, meta = work.load(key)
-    device = next(block.parameters()).device
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    layouts = {n: WeightLayout.from_dict(found["layout"]) for n, found in meta["layers"].items()}
-    packed = _unflatten(tensors, layouts)
-    for name, module in find_linears(block).items():
-        set_weight(module, unpack(packed[name]).dequantize())
-    _copy_norms(block, tensors)
-    return packed, meta
-
-
-def _unflatten(
-    tensors: Mapping[str, Tensor], layouts: Mapping[str, WeightLayout]
-) -> dict[str, PackedWeight]:
-    """Inverse of `_flatten`."""
-    return {
-        name: PackedWeight(layout, {key: tensors[f"{name}.{key}"] for key in layout.tensors()})
-        for name, layout in layouts.items()
-    }
-
-
-@torch.no_grad()
-def _copy_norms(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    for name, parameter in _norms(module).items():
-        parameter.copy_(tensors[f"norm.{name}"])
-
-
-def _digest(model: nn.Module) -> str:
-    """Of every parameter's name, shape and bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, p in model.named_parameters():
-        digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
-        digest.update(tensor_bytes(p.detach().cpu().contiguous()))
-    return digest.hexdigest()
 
 
 def _block_line(name: str, meta: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from pbq.allocate import ChannelStats, PlanInput, stored_bits
 from pbq.config import QuantConfig
 from pbq.disk import size_text
 from pbq.forecast import Speed, in_words, seconds
+from pbq.memory import budget, needs, spills
 from pbq.models import (
     check_coverage,
     find_blocks,
@@ -22,16 +23,6 @@ from pbq.models import (
     weight_of,
 )
 from pbq.sources import resolve_source
-from pbq.tune import STEP_TOKENS
-
-# Python, torch and transformers, measured on Linux with torch 2.13
-_IMPORTS_BYTES = 600 * 2**20
-# Of one block while it is tuned: dense weights, gradients, Adam's two moments, activations
-_TUNING_BYTES_PER_WEIGHT = 40
-# Of the whole model while it is distilled: latent weights, gradients, Adam's two moments, codes,
-# and the weights they make (22 bytes), and of each linear's input and output in the model's dtype
-_DISTILLING_BYTES_PER_WEIGHT = 24
-_KEPT_PER_ACTIVATION = 1.5
 
 
 @dataclass(frozen=True)
@@ -72,11 +63,21 @@ class PlannedRun:
         }
 
 
-def plan(name: str, config: QuantConfig, *, trust_remote_code: bool = False) -> PlannedRun:
-    """Plan a run without loading a weight. Raises PbqError where the run itself would."""
+def plan(
+    name: str,
+    config: QuantConfig,
+    *,
+    trust_remote_code: bool = False,
+    memory: float | None = None,
+) -> PlannedRun:
+    """Plan a run without loading a weight. Raises PbqError where the run itself would.
+
+    memory: GiB that it may take, if not all there are.
+    """
     method = methods.get(config.method, config)
     recipe = method.recipe(config)
-    model = outline(resolve_source(name), trust_remote_code)
+    source, device = resolve_source(name), pick_device("auto")
+    model = outline(source, trust_remote_code)
     covered = check_coverage(model)
     block_name, blocks = find_blocks(model)
     shapes = {
@@ -92,16 +93,18 @@ def plan(name: str, config: QuantConfig, *, trust_remote_code: bool = False) -> 
     before = sum(p.numel() for p in model.parameters()) * width
     packed = round(weights * bits / 8)
     after = before - weights * width + packed
-    hidden = model.get_input_embeddings().weight.shape[1]
-    streams = 3 * config.nsamples * config.seqlen * hidden * width
-    largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
-    working, latents = largest * _TUNING_BYTES_PER_WEIGHT, 0
-    if recipe.distillation is not None:
-        latents = 2 * weights if recipe.distillation.latent_lr else 0
-        vocabulary = model.get_output_embeddings().weight.shape[0]
-        kept = _KEPT_PER_ACTIVATION * sum(n + k for n, k in shapes.values()) + 3 * vocabulary
-        distilling = weights * _DISTILLING_BYTES_PER_WEIGHT + round(STEP_TOKENS * kept * width)
-        working = max(working, distilling)
+    allowed = budget(memory, device)
+    estimated = needs(
+        model,
+        config,
+        recipe,
+        gradients=method.wants_gradients,
+        streams=source.gguf is None,
+        budget=allowed,
+    )
+    states = estimated.states if spills(estimated.states, allowed) else 0
+    keeps_latents = recipe.distillation is not None and recipe.distillation.latent_lr > 0
+    latents = 2 * weights if keeps_latents else 0
     return PlannedRun(
         model=name,
         method=config.method,
@@ -114,15 +117,15 @@ def plan(name: str, config: QuantConfig, *, trust_remote_code: bool = False) -> 
         quantized_bytes=packed,
         model_bytes=after,
         model_bytes_before=before,
-        memory_bytes=_IMPORTS_BYTES + before + streams + working,
+        memory_bytes=estimated.peak,
         # finished steps and OUT lie side by side at the end
-        disk_bytes=after + packed + latents,
+        disk_bytes=after + packed + latents + states,
         seconds=seconds(
             shapes,
             model.get_output_embeddings().weight.numel(),
             config,
             recipe,
-            Speed.measure(next(model.parameters()).dtype, pick_device("auto")),
+            Speed.measure(next(model.parameters()).dtype, device),
         ),
     )
 
@@ -131,4 +134,4 @@ def _unknown(n: int, k: int) -> PlanInput:
     """A layer of which only the shape is known: weights that take no memory, even channels."""
     one = torch.ones(k)
     stats = ChannelStats(one, one, one, torch.ones(n))
-    return PlanInput(torch.ones(1).expand(n, k), stats)
+    return PlanInput(lambda: torch.ones(1).expand(n, k), stats, (n, k), n * one)

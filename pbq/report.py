@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import resource
 import sys
 import time
@@ -87,9 +88,8 @@ class RunReport:
         damage: E[x²]·w², mean over the tier's weights: what a dropped weight costs its output.
         """
         for name, plan in plans.items():
-            W, x_sq = layers[name].W, layers[name].stats.x_sq
-            # [k], without a float32 copy of W
-            damage = (x_sq * W.norm(dim=0, dtype=torch.float32).pow(2) / len(W)).cpu()
+            layer = layers[name]
+            damage = (layer.stats.x_sq * layer.w_sq / layer.shape[0]).cpu()
             self.tiers[name] = [
                 {
                     "planes": tier.planes,
@@ -110,8 +110,13 @@ class RunReport:
             for sample in self.samples:
                 sample[when] = samples.continuation(model, tokenizer, sample["prompt"])
 
+    def note_stored(self, layer: str, linear: PackedLinear) -> None:
+        """What became of the layer of the histogram; of any other, nothing is kept."""
+        if self.histogram is not None and self.histogram["layer"] == layer:
+            self.histogram = _with_stored(self.histogram, linear)
+
     def count(self, model: nn.Module) -> None:
-        """Fill in sizes from the packed model, as its tensors will be written."""
+        """Fill in sizes from the packed model, as its tensors are written; they may be on meta."""
         packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
         width = next(p for p in model.parameters() if p.is_floating_point()).element_size()
         self.quantized_weights = sum(m.in_features * m.out_features for m in packed)
@@ -120,16 +125,12 @@ class RunReport:
         self.bits = 8 * self.quantized_bytes / self.quantized_weights
         # tied embeddings appear once among the parameters, as in the file
         tensors = [*model.parameters(), *(m.bias for m in packed if m.bias is not None)]
-        others = {t.data_ptr(): t for t in tensors if t.is_floating_point()}.values()
+        others = {id(t): t for t in tensors if t.is_floating_point()}.values()
         other_bytes = sum(t.numel() * t.element_size() for t in others)
         self.parameters = self.quantized_weights + sum(t.numel() for t in others)
         self.model_bytes = self.quantized_bytes + other_bytes
         self.model_bytes_before = self.quantized_bytes_before + other_bytes
         self.bytes_of = _bytes_of(model, packed)
-        if self.histogram is not None:
-            linear = model.get_submodule(self.histogram["layer"])
-            assert isinstance(linear, PackedLinear)
-            self.histogram = _with_stored(self.histogram, linear)
         self.peak_bytes = peak_bytes()
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,8 +159,8 @@ class RunReport:
 
 def _shown_layer(layers: Mapping[str, PlanInput]) -> str:
     """The middle one of the largest layers."""
-    most = max(layer.W.numel() for layer in layers.values())
-    largest = [name for name, layer in layers.items() if layer.W.numel() == most]
+    most = max(math.prod(layer.shape) for layer in layers.values())
+    largest = [name for name, layer in layers.items() if math.prod(layer.shape) == most]
     return largest[len(largest) // 2]
 
 
@@ -222,9 +223,9 @@ def _bytes_of(model: Any, packed: list[PackedLinear]) -> dict[str, int]:
     seen: set[int] = set()
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            if parameter.data_ptr() in seen:
+            if id(parameter) in seen:
                 continue
-            seen.add(parameter.data_ptr())
+            seen.add(id(parameter))
             if module is embeddings:
                 kind = "embeddings"
             elif module is head:
@@ -245,24 +246,26 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def write_checkpoint(
+def write_beside(
     staging: Path,
     source: Source,
-    model: Any,
     tokenizer: Any,
     report: RunReport,
     *,
     trust_remote_code: bool = False,
+    memory: int | None = None,
 ) -> None:
-    """Everything OUT holds: packed weights, tokenizer, the source's other files, card, report."""
-    with writing(staging, report.model_bytes):
-        model.save_pretrained(staging)
+    """What OUT holds beside the model: tokenizer, the source's other files, card, report.
+
+    memory: bytes that the record for `pbq verify` may take, if not all there are.
+    """
+    with writing(staging):
         tokenizer.save_pretrained(staging)
         # a .gguf file lies among files that are not its own
         if source.gguf is None:
             copy_auxiliary(source.path, staging, trust_remote_code=trust_remote_code)
         device = report.run_options.get("device") or "auto"
-        selftest.record(staging, device, trust_remote_code)
+        selftest.record(staging, device, trust_remote_code, memory)
         card = model_card(report, {} if source.gguf else card_metadata(source.path))
         (staging / "README.md").write_text(card, encoding="utf-8")
         about = {"pbq": __version__, "model": report.source}

@@ -46,14 +46,21 @@ class Outcome:
         )
 
 
-def record(out: Path, device: str = "auto", trust_remote_code: bool = False) -> None:
+def record(
+    out: Path,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    memory: int | None = None,
+) -> None:
     """Load the packed model in `out`, run it, and write OUT/selftest.json.
 
     Holds the tokens of TEXT and the TOP logits at each of them. Not written, with a warning, when
-    the packed model does not fit into this machine's memory: no run may be lost to its own check.
+    the packed model does not fit into `memory`, the bytes that may be used if not all there are: no
+    run may be lost to its own check.
     """
     needed = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    if needed > psutil.virtual_memory().available:
+    available = psutil.virtual_memory().available
+    if needed > (available if memory is None else min(memory, available)):
         log.warning("%s: no logits recorded, %s do not fit into memory", out, size_text(needed))
         return
     model, tokenizer = _load(out, device, trust_remote_code)

@@ -5,6 +5,7 @@ Whatever it is, `resolve_source` ends with a directory on this disk, or with one
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pbq.disk import reading
 from pbq.errors import DataError, ModelError
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,21 @@ class Source:
     def file_argument(self) -> dict[str, Any]:
         """What from_pretrained of a config or a tokenizer takes beside the path."""
         return {"gguf_file": self.gguf} if self.gguf else {}
+
+    def digest(self) -> str:
+        """Of the bytes of the weights and the config."""
+        files = [self.path / self.gguf] if self.gguf else self._model_files()
+        digest = hashlib.blake2b(digest_size=16)
+        for file in files:
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            with reading(file), open(file, "rb") as opened:
+                while chunk := opened.read(2**24):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+    def _model_files(self) -> list[Path]:
+        kinds = ("config.json", "*.safetensors", "*.bin")
+        return sorted(file for kind in kinds for file in self.path.glob(kind))
 
     def loading_arguments(self) -> dict[str, Any]:
         """What from_pretrained of a model takes beside the path."""

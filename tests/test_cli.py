@@ -578,11 +578,11 @@ def test_a_failure_that_leaves_blocks_names_the_command_that_resumes(
         (NumericalError("no numbers"), 6, False),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline, "write_checkpoint", raising(error))
+            patch.setattr(pipeline, "write_beside", raising(error))
             found, _, err = invoke(*words)
         assert found == code and (command in refusal(err)) is resumes, err
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_checkpoint", raising(ZeroDivisionError()))
+        patch.setattr(pipeline, "write_beside", raising(ZeroDivisionError()))
         with pytest.raises(ZeroDivisionError):
             run_guarded(app)
     # refused before the first block was done: nothing is kept
@@ -759,7 +759,7 @@ def test_ctrl_c_exits_with_130_and_names_the_command_that_resumes(
     new = tmp_path / "a new one"
     words = ["quantize", source, new, *small]
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_checkpoint", raising(KeyboardInterrupt()))
+        patch.setattr(pipeline, "write_beside", raising(KeyboardInterrupt()))
         code, stdout, err = invoke(*words)
     assert code == 130 and not stdout and not new.exists()
     assert refusal(err).startswith("interrupted; the same command resumes: pbq quantize ")

@@ -18,7 +18,7 @@ from pbq.allocate import ChannelStats, LayerPlan, PlanInput
 from pbq.config import QuantConfig
 from pbq.evaluate import Perplexity
 from pbq.linear import PackedLinear
-from pbq.report import RunReport, card_metadata, model_card, peak_bytes, write_checkpoint
+from pbq.report import RunReport, card_metadata, model_card, peak_bytes, write_beside
 from pbq.sources import Source
 from pbq_kernels.layout import Tier
 
@@ -120,7 +120,9 @@ def test_weights_and_stored_values_are_counted_in_the_same_bins(
     assert found.histogram is not None
     name = found.histogram["layer"]
     assert name == "model.layers.1.mlp.up_proj"
-    found.count(model)
+    found.note_stored("another", linears["model.layers.0.mlp.up_proj"])
+    assert all("stored" not in tier for tier in found.histogram["tiers"])
+    found.note_stored(name, linears[name])
     for tier in found.histogram["tiers"]:
         # the "original" is the stored weight here
         assert tier["weights"] == tier["stored"]
@@ -130,7 +132,7 @@ def test_weights_and_stored_values_are_counted_in_the_same_bins(
     expected = torch.histc(one.clamp(-4, 4), 160, -4, 4).int().tolist()
     assert found.histogram["tiers"][1]["stored"] == expected
     found.note_plan(layers, {**plans, name: LayerPlan((Tier(1, 48),), torch.zeros(48).byte())})
-    found.count(model)
+    found.note_stored(name, linears[name])
     assert found.histogram is None
 
 
@@ -217,7 +219,8 @@ def test_a_checkpoint_is_complete_and_takes_only_what_is_the_models(
         (source / name).write_text("of the source")
     model, found = packed_model("llama"), report(after=measured(123.456))
     place = Source("m", source, "m.gguf" if gguf else None)
-    write_checkpoint(out, place, model, tiny_tokenizer, found)
+    model.save_pretrained(out)
+    write_beside(out, place, tiny_tokenizer, found)
     written = {p.name for p in out.iterdir()}
     assert written >= {"config.json", "model.safetensors", "tokenizer.json", "report.json"}
     assert "123.5" in (out / "report.html").read_text()

@@ -52,12 +52,12 @@ class Billm:
         return plan_each(layers, self._least_bits, self._plan)
 
     def _least_bits(self, layer: PlanInput) -> float:
-        n, k = layer.W.shape
+        n, k = layer.shape
         return WeightLayout(n, k, self._tiers(k, 0), self.column_scale).bits_per_weight
 
     def _plan(self, name: str, layer: PlanInput) -> LayerPlan:
-        n, k = layer.W.shape
-        score = layer.stats.x_sq * layer.W.float().pow(2).sum(0)
+        n, k = layer.shape
+        score = layer.stats.x_sq * layer.w_sq
         if self.config.faithful:
             tiers, tier_of = _blocks(score, EXPECTED_SALIENT)
             return LayerPlan(tiers, tier_of, self.column_scale)

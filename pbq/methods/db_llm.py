@@ -53,7 +53,7 @@ class DbLlm:
         return {
             name: LayerPlan((_tier(2, k, size),), torch.zeros(k, dtype=torch.uint8))
             for name, layer in layers.items()
-            for k in [layer.W.shape[1]]
+            for k in [layer.shape[1]]
         }
 
     def fit(self, W: Tensor, weight: Tensor, tier: Tier, row: Tensor) -> Grid:

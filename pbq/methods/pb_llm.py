@@ -42,8 +42,8 @@ class PbLlm:
     def plan(self, layers: Mapping[str, PlanInput], config: QuantConfig) -> dict[str, LayerPlan]:
         return plan_each(
             layers,
-            lambda layer: self._least(*layer.W.shape),
-            lambda name, layer: self._plan(name, *layer.W.shape),
+            lambda layer: self._least(*layer.shape),
+            lambda name, layer: self._plan(name, *layer.shape),
         )
 
     def _tier(self, k: int) -> Tier:

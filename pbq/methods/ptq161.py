@@ -47,11 +47,11 @@ class Ptq161:
         )
 
     def _least_bits(self, layer: PlanInput) -> float:
-        n, k = layer.W.shape
+        n, k = layer.shape
         return WeightLayout(n, k, self._tiers(k, 0)).bits_per_weight
 
     def _plan(self, name: str, layer: PlanInput, config: QuantConfig) -> LayerPlan:
-        n, k = layer.W.shape
+        n, k = layer.shape
         if self.faithful:
             c = int(PAPER_SHARE * k) + 1
         else:

@@ -59,7 +59,7 @@ def plan_uniform(
         return _least_bits(layer, config, tier)
 
     def plan(name: str, layer: PlanInput) -> LayerPlan:
-        n, k = layer.W.shape
+        n, k = layer.shape
         chosen = _finest(n, k, config, tier, most)
         if chosen is None:
             held = f"{LEAST_PLANES} planes and their scales"
@@ -88,7 +88,7 @@ def _finest(
 def _least_bits(
     layer: PlanInput, config: QuantConfig, tier: Callable[[int, int, int], Tier]
 ) -> float:
-    n, k = layer.W.shape
+    n, k = layer.shape
     return WeightLayout(n, k, (tier(LEAST_PLANES, k, config.group_size),)).bits_per_weight
 
 

@@ -32,8 +32,8 @@ class Waterfill:
     scope: str = "layer"
 
     def plan(self, layers: Mapping[str, PlanInput], config: QuantConfig) -> dict[str, LayerPlan]:
-        damage = {n: x.stats.x_sq * x.W.float().pow(2).sum(0) for n, x in layers.items()}
-        rows = {n: x.W.shape[0] for n, x in layers.items()}
+        damage = {n: x.stats.x_sq * x.w_sq for n, x in layers.items()}
+        rows = {n: x.shape[0] for n, x in layers.items()}
         if self.scope == "model":
             return waterfill(damage, rows, config.bits, _tiers)
         return waterfill_each(damage, rows, config.bits, _tiers)
