@@ -13,8 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from pbq import cli_bench, cli_compare, cli_share, cli_use
-from pbq.cli_options import Activations, AsJson, Device, Model, Packed, Quiet, Trust, short_name
+from pbq import cli_bench, cli_compare, cli_finetune, cli_share, cli_use
+from pbq.cli_options import (
+    Activations,
+    AsJson,
+    Device,
+    Memory,
+    Model,
+    Packed,
+    Quiet,
+    Trust,
+    short_name,
+)
 from pbq.console import Console, hush_libraries, resumable, run_guarded
 
 if TYPE_CHECKING:
@@ -46,10 +56,6 @@ SalientShare = Annotated[
 ]
 Faithful = Annotated[bool, typer.Option(help="the paper's own recipe, whatever bits it stores")]
 Percdamp = Annotated[float, typer.Option(help="damping of H, share of its mean diagonal")]
-Memory = Annotated[
-    Optional[float],  # noqa: UP045
-    typer.Option(help="GiB of memory that the run may take; default: what is free"),
-]
 Seed = Annotated[int, typer.Option(help="sampling, shuffling, held-out rows")]
 
 
@@ -319,7 +325,7 @@ def _root(
         raise typer.Exit
 
 
-for more in (cli_compare.app, cli_use.app, cli_bench.app, cli_share.app):
+for more in (cli_finetune.app, cli_compare.app, cli_use.app, cli_bench.app, cli_share.app):
     app.registered_commands += more.registered_commands
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
@@ -12,6 +12,10 @@ Packed = Annotated[Path, typer.Argument(help="directory that pbq quantize wrote"
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, cuda:1 …")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only errors")]
+Memory = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(help="GiB of memory that the run may take; default: what is free"),
+]
 Trust = Annotated[bool, typer.Option(help="run code that comes with the model")]
 
 

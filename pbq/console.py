@@ -134,7 +134,8 @@ def resumable(out: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if any(out.with_name(f"{out.name}.partial").glob("block-*.safetensors")):
+        done = out.with_name(f"{out.name}.partial").glob("*.safetensors")
+        if any(file.name.startswith(("block-", "training")) for file in done):
             raise Unfinished from error
         raise
 

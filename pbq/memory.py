@@ -89,7 +89,7 @@ def needs(
         if gradients:
             whole["statistics"] = base + 2 * dense
     if recipe.distillation is not None:
-        whole["distillation"] = base + dense + _distilling_bytes(model, blocks, width)
+        whole["distillation"] = base + dense + distilling_bytes(model, blocks, width)
     return Needs(base + resident + working, whole, states)
 
 
@@ -118,7 +118,8 @@ def _block_bytes(
     return max(rounding, tuning)
 
 
-def _distilling_bytes(model: PreTrainedModel, blocks: nn.ModuleList, width: int) -> int:
+def distilling_bytes(model: PreTrainedModel, blocks: nn.ModuleList, width: int) -> int:
+    """What training the whole model end to end takes beside its weights."""
     shapes = [weight_of(linear).shape for linear in find_linears(blocks).values()]
     vocabulary = model.get_output_embeddings().weight.shape[0]
     activations = _KEPT_PER_ACTIVATION * sum(n + k for n, k in shapes) + 3 * vocabulary

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -20,7 +19,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from pbq import __version__, hf, methods
 from pbq.allocate import LayerPlan, stored_bits
@@ -29,6 +27,7 @@ from pbq.blockwise import Layers, ScoredText, through_block
 from pbq.calibrate import STATISTICS_ROWS, Calibration, batches, load_calibration
 from pbq.config import QuantConfig
 from pbq.disk import check_space
+from pbq.distilling import Functional, distil_model
 from pbq.errors import DataError, UsageError
 from pbq.evaluate import WINDOW, Perplexity, TokenizedText, tokenize_file
 from pbq.finished import Finished, block_key, copy_norms, flatten, norms_of, restore
@@ -43,16 +42,15 @@ from pbq.models import (
     pick_device,
     record_calls,
     run_block,
-    run_tail,
     set_weight,
     weight_of,
 )
-from pbq.pack import pack, unpack
+from pbq.pack import pack
 from pbq.report import RunReport, write_beside
 from pbq.shards import ShardWriter
 from pbq.sources import Source, resolve_source
 from pbq.spill import Spill
-from pbq.tune import STEP_TOKENS, TunableWeight, distill, held_out, tune_block
+from pbq.tune import TunableWeight, tune_block
 from pbq.work import Keeper, Work, check_target
 from pbq_kernels import PackedWeight
 
@@ -390,7 +388,22 @@ class _Run:
             with self.report.timed("distillation"), self.loader.whole():
                 for i, block in enumerate(self.blocks):
                     copy_norms(block, finished.block(i)[1])
-                tensors, meta = self._train(work, dict(finished), rows, hidden, self.linears())
+                packed, gains, tuned = distil_model(
+                    self.model,
+                    self.blocks,
+                    dict(finished),
+                    {n: p.detach().clone() for n, p in norms_of(self.model).items()},
+                    lambda name: self._latent(work, name),
+                    rows,
+                    hidden,
+                    settings,
+                    self.config.seed,
+                    progress=self.observer.step,
+                    keep=Keeper(work, "training"),
+                )
+            self.observer.line(f"distillation  {tuned.in_words()}")
+            tensors = flatten(packed) | {f"norm.{n}": gain for n, gain in gains.items()}
+            meta = {"tuned": dataclasses.asdict(tuned)}
             work.save("distillation", tensors, meta)
             work.forget("training")
         self.report.distillation = meta["tuned"]
@@ -401,62 +414,6 @@ class _Run:
         index, linear = name.removeprefix(f"{self.loader.name}.").split(".", 1)
         tensors, _ = work.load(f"block-{int(index):05d}")
         return tensors[f"latent.{linear}"].float().to(self.loader.device)
-
-    def _train(
-        self,
-        work: Work,
-        packed: Mapping[str, PackedWeight],
-        rows: Sequence[Tensor],
-        hidden: Sequence[Tensor],
-        linears: Mapping[str, nn.Module],
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        settings = self.recipe.distillation
-        assert settings is not None
-        steps, unseen = _steps_of(rows)
-        # single rows: a step may take them from several batches, which are all of one size
-        size = len(rows[0])
-
-        def taken(batches: Sequence[Tensor], i: int) -> Tensor:
-            return torch.cat([batches[j // size][j % size, None] for j in steps[i]])
-
-        def student(W: Mapping[str, Tensor], gains: Mapping[str, Tensor], i: int) -> Tensor:
-            called = _Functional(self.model, linears, W, gains)
-            return called(taken(rows, i), use_cache=False).logits
-
-        # functional: the model keeps its own final norm, so the target does not move
-        norms = {n: p.detach().clone() for n, p in norms_of(self.model).items()}
-
-        def teacher(i: int) -> Tensor:
-            return run_tail(self.model, self.blocks, taken(rows, i), taken(hidden, i))
-
-        weights = {
-            n: TunableWeight(
-                unpack(pw),
-                self._latent(work, n) if settings.latent_lr else None,
-                settings.only_planes,
-                weight_of(linears[n]).dtype,
-            )
-            for n, pw in packed.items()
-        }
-        found, gains, tuned = distill(
-            student,
-            teacher,
-            weights,
-            norms,
-            len(steps),
-            unseen,
-            settings,
-            self.config.seed,
-            progress=self.observer.step,
-            keep=Keeper(work, "training"),
-        )
-        self.observer.line(
-            f"distillation  held-out KL {tuned.before:.4f} -> {tuned.after:.4f} nats"
-            + ("" if tuned.kept else ", not kept")
-        )
-        tensors = flatten({n: pack(qw) for n, qw in found.items()})
-        tensors |= {f"norm.{n}": gain for n, gain in gains.items()}
-        return tensors, {"tuned": dataclasses.asdict(tuned)}
 
     def _block(
         self,
@@ -518,7 +475,7 @@ class _Run:
             linears = find_linears(block)
 
             def run(W: Mapping[str, Tensor], gains: Mapping[str, Tensor], x: Tensor) -> Tensor:
-                return run_block(_Functional(block, linears, W, gains), x, call)
+                return run_block(Functional(block, linears, W, gains), x, call)
 
             weights, gains, tuned = tune_block(
                 run,
@@ -624,40 +581,6 @@ class _Run:
                 "pbq": __version__,
             },
         )
-
-
-def _steps_of(batches: Sequence[Tensor]) -> tuple[list[list[int]], list[int]]:
-    """Rows taken together in a step of STEP_TOKENS tokens, and the indices of held-out steps."""
-    judges = set(held_out(len(batches)))
-    judged = [i in judges for i, batch in enumerate(batches) for _ in batch]
-    size = max(1, STEP_TOKENS // batches[0].shape[1])
-    train, unseen = ([i for i, j in enumerate(judged) if j is which] for which in (False, True))
-    steps = [part[i : i + size] for part in (train, unseen) for i in range(0, len(part), size)]
-    return steps, list(range(math.ceil(len(train) / size), len(steps)))
-
-
-class _Functional:
-    """A module called with other weights: the caller sees a module, autograd sees the weights."""
-
-    def __init__(
-        self,
-        block: nn.Module,
-        linears: Mapping[str, nn.Module],
-        weights: Mapping[str, Tensor],
-        gains: Mapping[str, Tensor],
-    ) -> None:
-        self._block = block
-        self._parameters: dict[str, Tensor] = {}
-        for name, W in weights.items():
-            dtype = weight_of(linears[name]).dtype
-            # Conv1D of gpt2 keeps its weight transposed
-            oriented = W if isinstance(linears[name], nn.Linear) else W.T
-            self._parameters[f"{name}.weight"] = oriented.to(dtype)
-        for name, gain in gains.items():
-            self._parameters[name] = gain.to(block.get_parameter(name).dtype)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self._block, self._parameters, args, kwargs)
 
 
 def _block_line(name: str, meta: Mapping[str, Any]) -> str:

@@ -35,7 +35,8 @@ class Rates:
     and offset together, and of column scales (PTQ1.61's alpha_r1 and alpha_r2); at 0 there is no
     such factor and column scales take lr. offsets: whether these train. only_planes: the tiers with
     so many planes train, the others stay as they are. constant: no warm-up, no decay, as the papers
-    do.
+    do. analytic: scales of one-plane tiers do not train, they are the mean size of the latent
+    weights around the offset, anew at every step (PB-LLM's optimal scale).
     """
 
     lr: float = 5e-3
@@ -45,6 +46,7 @@ class Rates:
     offsets: bool = True
     only_planes: int | None = None
     constant: bool = False
+    analytic: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,7 @@ class TunableWeight(nn.Module):
     Kept transposed, a tier being consecutive rows [c, n]: columns of W are rows here, so that
     putting them back in order copies whole rows. Scales train as factors around 1, which
     gives every row and plane the same relative step. `only_planes`: see Rates. dtype: of the weight
-    that comes out, the model's own.
+    that comes out, the model's own. analytic: see Rates, where there are latent weights.
     """
 
     def __init__(
@@ -110,9 +112,11 @@ class TunableWeight(nn.Module):
         latent: Tensor | None = None,
         only_planes: int | None = None,
         dtype: torch.dtype = torch.float32,
+        *,
+        analytic: bool = False,
     ) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.analytic = dtype, analytic
         self.tiers, self.tier_of = qw.tiers, qw.tier_of
         self._trained = [only_planes in (None, tier.planes) for tier in qw.tiers]
         order = torch.argsort(qw.tier_of, stable=True)
@@ -159,7 +163,19 @@ class TunableWeight(nn.Module):
         """Current scale [G, S, n] and offset [G, n] of a tier."""
         offset, row = self._offset0[t], self.row if self._trained[t] else torch.ones_like(self.row)
         moved = None if offset is None else (offset + self.offset[t] * self._unit[t]) * row
+        if self.analytic and t < len(self.latent) and self.tiers[t].planes == 1:
+            return self._mean_size(t, moved), moved
         return self._scale0[t] * self.scale[t] * row, moved
+
+    @torch.no_grad()
+    def _mean_size(self, t: int, offset: Tensor | None) -> Tensor:
+        """Mean |latent - offset| of each group [G, 1, n], over the entries that are on the grid."""
+        size = self.latent[t] if offset is None else self.latent[t] - self.per_column(t, offset)
+        on_grid = torch.ones_like(size)
+        if self._overlay is not None:
+            on_grid -= self.split(self._overlay.mask)[t].float()
+        total, count = (self.group_sums(t, x) for x in (size.abs() * on_grid, on_grid))
+        return (total / count.clamp(min=1))[:, None]
 
     def per_column(self, t: int, numbers: Tensor) -> Tensor:
         """[G, ...] numbers of groups -> [c, ...], or [1, ...] where one group is all."""
@@ -254,7 +270,20 @@ class TunableWeight(nn.Module):
         column = None
         if self._column0 is not None and self.column is not None:
             column = stored(self._column0 * self.column)
-        codes_nk = torch.cat(codes)[self._inverse].T.contiguous()
+        return self._quantized(codes, grids, column)
+
+    def start(self) -> QuantizedWeight:
+        """The weight that was given."""
+        grids = [
+            TierGrid(scale.permute(2, 0, 1), None if offset is None else offset.T)
+            for scale, offset in zip(self._scale0, self._offset0, strict=True)
+        ]
+        return self._quantized(self._codes, grids, self._column0)
+
+    def _quantized(
+        self, codes: Sequence[Tensor], grids: list[TierGrid], column: Tensor | None
+    ) -> QuantizedWeight:
+        codes_nk = torch.cat(list(codes))[self._inverse].T.contiguous()
         return QuantizedWeight(self.tiers, self.tier_of, codes_nk, grids, column, self._overlay)
 
     def groups(self, tuning: Rates) -> list[tuple[list[nn.Parameter], float]]:
@@ -390,6 +419,11 @@ class Tuned:
     kept: bool
     curve: list[tuple[int, float]] = field(default_factory=list)
 
+    def in_words(self) -> str:
+        """Of a distillation."""
+        kept = "" if self.kept else ", not kept"
+        return f"held-out KL {self.before:.4f} -> {self.after:.4f} nats{kept}"
+
 
 class Keep(Protocol):
     """Keeps the state of a long training now and then: a killed one goes on from the last."""
@@ -507,7 +541,7 @@ def optimise(
         weights,
         masters,
         Schedule(groups, total, constant=rates.constant),
-        best={name: w.freeze() for name, w in weights.items()},
+        best={name: w.start() for name, w in weights.items()},
         gains=dict(norms),
     )
     kept = keep.load() if keep else None

@@ -60,6 +60,7 @@ COMMANDS = [
     "report",
     "export",
     "push",
+    "finetune",
 ]
 
 Invoke = Callable[..., tuple[int, str, str]]

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from pbq import checkpoint, linear, pipeline, planning, work
 from pbq.blocks import BlockQuantizer, Streams
 from pbq.config import QuantConfig
+from pbq.distilling import steps_of
 from pbq.errors import (
     DataError,
     ModelError,
@@ -707,7 +708,7 @@ def test_a_step_takes_a_thousand_tokens_and_never_mixes_in_held_out_rows(
     lengths: list[int], seqlen: int
 ) -> None:
     batches = [torch.zeros(rows, seqlen) for rows in lengths]
-    steps, unseen = pipeline._steps_of(batches)
+    steps, unseen = steps_of(batches)
     assert sorted(i for step in steps for i in step) == list(range(sum(lengths)))
     assert all(len(step) * seqlen <= 1024 for step in steps)
     starts = [sum(lengths[:b]) for b in held_out(len(lengths))]

@@ -1,0 +1,125 @@
+"""A packed model trained end to end towards the original one, as `quantize` ends and `finetune` is.
+
+The original model lends its code: it is called with the weights that the packed ones make.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from pbq.models import run_tail, weight_of
+from pbq.pack import pack, unpack
+from pbq.tune import (
+    STEP_TOKENS,
+    Distillation,
+    Keep,
+    Progress,
+    TunableWeight,
+    Tuned,
+    distill,
+    held_out,
+)
+from pbq_kernels import PackedWeight
+
+
+def distil_model(
+    model: PreTrainedModel,
+    blocks: nn.ModuleList,
+    packed: Mapping[str, PackedWeight],
+    norms: Mapping[str, Tensor],
+    latent: Callable[[str], Tensor],
+    rows: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+    settings: Distillation,
+    seed: int,
+    *,
+    progress: Progress | None = None,
+    keep: Keep | None = None,
+) -> tuple[dict[str, PackedWeight], dict[str, Tensor], Tuned]:
+    """The better weights and norm gains, and how they fared (tune.optimise).
+
+    model: dense; what lies around its blocks is the original's, which the targets are made with.
+    norms: where the gains start, by name. latent(name): where a linear's latent weight [n, k]
+    starts; asked only if codes are to move. rows: ids [b, L], batches of one size; hidden: what the
+    original's last block makes of each, [b, L, d].
+    """
+    steps, unseen = steps_of(rows)
+    linears = {name: model.get_submodule(name) for name in packed}
+    # single rows: a step may take them from several batches, which are all of one size
+    size = len(rows[0])
+
+    def taken(batches: Sequence[Tensor], i: int) -> Tensor:
+        return torch.cat([batches[j // size][j % size, None] for j in steps[i]])
+
+    def student(W: Mapping[str, Tensor], gains: Mapping[str, Tensor], i: int) -> Tensor:
+        called = Functional(model, linears, W, gains)
+        logits: Tensor = called(taken(rows, i), use_cache=False).logits
+        return logits
+
+    def teacher(i: int) -> Tensor:
+        return run_tail(model, blocks, taken(rows, i), taken(hidden, i))
+
+    weights = {
+        name: TunableWeight(
+            unpack(pw),
+            latent(name) if settings.latent_lr else None,
+            settings.only_planes,
+            weight_of(linears[name]).dtype,
+            analytic=settings.analytic,
+        )
+        for name, pw in packed.items()
+    }
+    found, gains, tuned = distill(
+        student,
+        teacher,
+        weights,
+        norms,
+        len(steps),
+        unseen,
+        settings,
+        seed,
+        progress=progress,
+        keep=keep,
+    )
+    return {name: pack(qw) for name, qw in found.items()}, gains, tuned
+
+
+def steps_of(batches: Sequence[Tensor]) -> tuple[list[list[int]], list[int]]:
+    """Rows taken together in a step of STEP_TOKENS tokens, and the indices of held-out steps."""
+    judges = set(held_out(len(batches)))
+    judged = [i in judges for i, batch in enumerate(batches) for _ in batch]
+    size = max(1, STEP_TOKENS // batches[0].shape[1])
+    train, unseen = ([i for i, j in enumerate(judged) if j is which] for which in (False, True))
+    steps = [part[i : i + size] for part in (train, unseen) for i in range(0, len(part), size)]
+    return steps, list(range(math.ceil(len(train) / size), len(steps)))
+
+
+class Functional:
+    """A module called with other weights: the caller sees a module, autograd sees the weights."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        linears: Mapping[str, nn.Module],
+        weights: Mapping[str, Tensor],
+        gains: Mapping[str, Tensor],
+    ) -> None:
+        self._module = module
+        self._parameters: dict[str, Tensor] = {}
+        for name, W in weights.items():
+            dtype = weight_of(linears[name]).dtype
+            # Conv1D of gpt2 keeps its weight transposed
+            oriented = W if isinstance(linears[name], nn.Linear) else W.T
+            self._parameters[f"{name}.weight"] = oriented.to(dtype)
+        for name, gain in gains.items():
+            self._parameters[name] = gain.to(module.get_parameter(name).dtype)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self._module, self._parameters, args, kwargs)
