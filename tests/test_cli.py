@@ -31,6 +31,7 @@ from pbq import (
     contents,
     demo,
     export,
+    finetune,
     generation,
     html_report,
     methods,
@@ -190,6 +191,7 @@ def test_the_examples_are_commands_that_parse(invoke: Invoke, monkeypatch: Any) 
         (html_report, "write"),
         (compare, "compare"),
         (benchmark, "compare"),
+        (finetune, "finetune"),
     ):
 
         def note(*args: Any, name: str = name, **options: Any) -> None:
