@@ -412,7 +412,7 @@ class _Run:
     def _latent(self, work: Work, name: str) -> Tensor:
         """Where the latent weight of a linear starts: as GPTQ compensated it before rounding."""
         index, linear = name.removeprefix(f"{self.loader.name}.").split(".", 1)
-        tensors, _ = work.load(f"block-{int(index):05d}")
+        tensors, _ = work.load(block_key(int(index)))
         return tensors[f"latent.{linear}"].float().to(self.loader.device)
 
     def _block(
