@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +20,18 @@ from torch import Tensor, nn
 from pbq.allocate import LayerPlan
 from pbq.config import QuantConfig
 from pbq.errors import NumericalError
+from pbq.experts import Experts, find_experts
 from pbq.gptq import quantize_weight
 from pbq.grid import QuantizedWeight
-from pbq.hessian import damp, proxy_loss
+from pbq.hessian import cholesky, proxy_loss
 from pbq.methods import Method, placement
 from pbq.models import run_block, set_weight, shared_inputs, weight_of
+from pbq.routing import Routed, shares, watch_routing
 from pbq.spill import HiddenStates
 from pbq.tune import Recipe, held_out
+
+# Tokens of an expert that are worked on at once.
+_PART = 4096
 
 
 @dataclass
@@ -45,11 +51,20 @@ class Streams:
 
 @dataclass
 class LayerReport:
-    """How one linear fared: stored bits, relative proxy loss, damping used."""
+    """How one linear fared: stored bits, relative proxy loss, and what its Hessian is made of.
+
+    damping: used in rounding; compensation: used in `compensate`, 0 without it. tokens: calibration
+    tokens that reached it; borrowed: those of other experts, for want of its own. dead: inputs that
+    none of them was fed through.
+    """
 
     bits: float
     error: float
     damping: float
+    compensation: float = 0.0
+    tokens: int = 0
+    borrowed: int = 0
+    dead: int = 0
 
 
 @dataclass
@@ -149,27 +164,59 @@ class Moments:
 
     H = E[w x_q x_qᵀ]; cross = E[w (x_f - x_q) x_qᵀ]; and by full name of a residual linear,
     residual = E[w (r_f - r_q) x_qᵀ] with r the residual stream its output is added to. x_f, r_f are
-    of the original model, x_q, r_q behind quantized layers, w the weight of the token.
+    of the original model, x_q, r_q behind quantized layers, w the weight of the token. tokens: how
+    many there were, those borrowed from other experts apart.
     """
 
     H: Tensor
     cross: Tensor
     residual: dict[str, Tensor]
+    tokens: int = 0
+    borrowed: int = 0
 
 
-def compensate(W: Tensor, moments: Moments, name: str, percdamp: float) -> Tensor:
+class _Sums:
+    """Moments while they are summed up, batch by batch."""
+
+    def __init__(self, k: int, device: torch.device) -> None:
+        self.H, self.cross = (torch.zeros(k, k, device=device) for _ in range(2))
+        self.residual: dict[str, Tensor] = {}
+        self.weight, self.tokens = 0.0, 0
+
+    def add(self, x_f: Tensor, x_q: Tensor, w: Tensor, gaps: Mapping[str, Tensor]) -> None:
+        """x_f, x_q [tokens, k] in the model's dtype, w [tokens], gaps: r_f - r_q [tokens, n]."""
+        x = x_q.float()
+        weighted = x * w[:, None]
+        self.H.addmm_(weighted.T, x)
+        # the gaps may be multiplied in the model's own dtype: unlike H nothing inverts them
+        own = weighted.to(x_q.dtype)
+        self.cross += (x_f.float() - x).to(own.dtype).T @ own
+        for name, gap in gaps.items():
+            self.residual[name] = self.residual.get(name, 0) + (gap.to(own.dtype).T @ own).float()
+        self.weight += float(w.sum())
+        self.tokens += len(x)
+
+    def mean(self, name: str) -> Moments:
+        """Raises NumericalError when a sum is not finite though its inputs are."""
+        if not all(torch.isfinite(m).all() for m in (self.H, self.cross, *self.residual.values())):
+            raise NumericalError(f"{name}: its inputs are too large to be squared in float32")
+        total = self.weight
+        residual = {n: r / total for n, r in self.residual.items()}
+        return Moments(self.H / total, self.cross / total, residual, self.tokens)
+
+
+def compensate(W: Tensor, moments: Moments, name: str, percdamp: float) -> tuple[Tensor, float]:
     """The weight that best gives the original output from the quantized input, [n, k].
 
     argmin over W' of E[w |W x_f + r_f - W' x_q - r_q|²] + damping |W' - W|²
       = W + (W cross + residual)(H + damping)⁻¹.
     The first term is the asymmetric calibration of GPTAQ (Li et al. 2025); the residual term lets
     the linears that write to the residual stream undo the error that earlier blocks left there.
+    Also returns the damping used: more than `percdamp` where H asks for it (hessian.cholesky).
     """
     rhs = W @ moments.cross + moments.residual.get(name, torch.zeros((), device=W.device))
-    L, failed = torch.linalg.cholesky_ex(damp(moments.H, percdamp))
-    if failed:
-        raise NumericalError(f"{name}: H is not positive definite; use more calibration text")
-    return W + torch.cholesky_solve(rhs.T, L).T
+    L, damping = cholesky(moments.H, percdamp, name)
+    return W + torch.cholesky_solve(rhs.T, L).T, damping
 
 
 @dataclass
@@ -193,12 +240,15 @@ class BlockQuantizer:
         Fills `targets`, the original block's outputs on the original inputs, one per batch, and
         `second`, those on the quantized inputs, where the recipe's loss wants them.
         """
-        groups = shared_inputs(self.block, streams.fp[0], self.call, self.linears)
-        bases = residual_bases(self.block, list(self.linears), streams.fp[0][:1], self.call)
+        experts = find_experts(self.block)
+        inside = tuple(f"{name}." for name in experts)
+        common = {n: m for n, m in self.linears.items() if not n.startswith(inside)}
+        groups = shared_inputs(self.block, streams.fp[0], self.call, common)
+        bases = residual_bases(self.block, list(common), streams.fp[0][:1], self.call)
         chosen = self._hessian_batches(len(streams.fp))
         firsts = [group[0] for group in groups]
         wanted = sorted({*firsts, *(b for b in bases.values() if b)})
-        originals = self._original_pass(streams.fp, chosen, wanted)
+        originals, routed = self._original_pass(streams.fp, chosen, wanted, list(experts))
         if self.recipe.block is not None and self.recipe.block.dual:
             with torch.no_grad():
                 for x in streams.quant:
@@ -208,7 +258,10 @@ class BlockQuantizer:
             mine = {f"{self.name}.{n}": bases[n] for n in group if n in bases}
             moments = self._moments(group[0], mine, streams, chosen, originals)
             for linear in group:
-                self._quantize(linear, moments, plans[f"{self.name}.{linear}"], out)
+                self._quantize(linear, moments, plans, out)
+        for name in experts:
+            originals_in = [routed[i][name] for i in chosen]
+            self._experts(name, originals_in, streams, chosen, plans, out)
         return out
 
     def _hessian_batches(self, count: int) -> list[int]:
@@ -226,16 +279,22 @@ class BlockQuantizer:
 
     @torch.no_grad()
     def _original_pass(
-        self, hidden: Sequence[Tensor], chosen: Sequence[int], names: Sequence[str]
-    ) -> dict[int, dict[str, Tensor]]:
+        self,
+        hidden: Sequence[Tensor],
+        chosen: Sequence[int],
+        names: Sequence[str],
+        experts: Sequence[str],
+    ) -> tuple[dict[int, dict[str, Tensor]], dict[int, dict[str, Routed]]]:
         """Run the block as it came: fill `targets`, keep the named inputs of the chosen batches."""
         kept: dict[int, dict[str, Tensor]] = {}
+        routed: dict[int, dict[str, Routed]] = {}
         for i, x in enumerate(hidden):
-            with watch(self.block, names if i in chosen else []) as seen:
+            watched = (names, experts) if i in chosen else ([], [])
+            with watch(self.block, watched[0]) as seen, watch_routing(self.block, watched[1]) as to:
                 self.targets.append(run_block(self.block, x, self.call))
             if i in chosen:
-                kept[i] = {**seen, "": x}
-        return kept
+                kept[i], routed[i] = {**seen, "": x}, to
+        return kept, routed
 
     @torch.no_grad()
     def _moments(
@@ -247,40 +306,95 @@ class BlockQuantizer:
         originals: Mapping[int, Mapping[str, Tensor]],
     ) -> Moments:
         """Moments of the input that `first` (and its group) sees behind all that is quantized."""
-        k = weight_of(self.linears[first]).shape[1]
-        H, cross = (torch.zeros(k, k, device=streams.fp[0].device) for _ in range(2))
-        residual: dict[str, Tensor] = {}
-        total = 0.0
+        sums = _Sums(weight_of(self.linears[first]).shape[1], streams.fp[0].device)
         for i in chosen:
             names = [first, *(b for b in bases.values() if b)]
             with watch(self.block, names, stop_at=first) as seen, suppress(_Stop):
                 run_block(self.block, streams.quant[i], self.call)
             seen[""] = streams.quant[i]
-            # relative error per token: a few tokens of huge norm would otherwise be all that counts
-            w = 1 / (_flat(self.targets[i]).pow(2).mean(1) + 1e-6)
-            if not self.recipe.compensate:
-                w = torch.ones_like(w)  # the papers' H = XᵀX
+            gaps = {n: _flat(originals[i][b]).float() - _flat(seen[b]) for n, b in bases.items()}
+            inputs = (originals[i][first], seen[first], *gaps.values())
+            self._check_finite(f".{first}: non-finite inputs", i, *inputs)
             x_f, x_q = _flat(originals[i][first]), _flat(seen[first])
-            weighted = x_q * w[:, None]
-            H.addmm_(weighted.T, x_q)
-            # the gaps may be multiplied in the model's own dtype: unlike H nothing inverts them
-            own = weighted.to(seen[first].dtype)
-            cross += (x_f - x_q).to(own.dtype).T @ own
-            for name, base in bases.items():
-                gap = _flat(originals[i][base]) - _flat(seen[base])
-                residual[name] = residual.get(name, 0) + (gap.to(own.dtype).T @ own).float()
-            total += float(w.sum())
-        if not all(torch.isfinite(moment).all() for moment in (H, cross, *residual.values())):
-            raise NumericalError(f"{self.name}.{first}: non-finite inputs on the calibration text")
-        return Moments(H / total, cross / total, {n: r / total for n, r in residual.items()})
+            sums.add(x_f, x_q, self._token_weights(i), gaps)
+        return sums.mean(f"{self.name}.{first}")
+
+    def _token_weights(self, i: int) -> Tensor:
+        """How much the error of each token of batch i counts, float32 [tokens]."""
+        self._check_finite(": non-finite outputs", i, self.targets[i])
+        energy = _flat(self.targets[i]).float().pow(2).mean(1)
+        if not self.recipe.compensate:
+            return torch.ones_like(energy)  # the papers' H = XᵀX
+        # relative error per token: a few tokens of huge norm would otherwise be all that counts
+        return 1 / (energy + 1e-6)
+
+    def _check_finite(self, what: str, i: int, *tensors: Tensor) -> None:
+        """Raise NumericalError with the first token of batch i at which a tensor is not finite."""
+        rows, length = self.targets[i].shape[:2]
+        for x in tensors:
+            bad = ~torch.isfinite(x).reshape(rows, length, -1).all(-1)
+            if bad.any():
+                row, token = bad.nonzero()[0].tolist()
+                raise NumericalError(
+                    f"{self.name}{what} on the calibration text, first at token {token} of its "
+                    f"segment {i * rows + row}"
+                )
 
     @torch.no_grad()
-    def _quantize(self, linear: str, moments: Moments, plan: LayerPlan, out: Reconstructed) -> None:
+    def _experts(
+        self,
+        name: str,
+        originals: Sequence[Routed],
+        streams: Streams,
+        chosen: Sequence[int],
+        plans: Mapping[str, LayerPlan],
+        out: Reconstructed,
+    ) -> None:
+        """Quantize the named experts one by one, each on its tokens as the original routes them.
+
+        What is quantized on the way does not change what reaches the experts: one pass serves all.
+        """
+        experts = self.block.get_submodule(name)
+        assert isinstance(experts, Experts)
+        quantized = []
+        for i, original in zip(chosen, originals, strict=True):
+            with watch(self.block, [name], stop_at=name) as seen, suppress(_Stop):
+                run_block(self.block, streams.quant[i], self.call)
+            self._check_finite(f".{name}: non-finite inputs", i, original.x, seen[name])
+            quantized.append(seen[name])
+        x_f, x_q = torch.cat([original.x for original in originals]), torch.cat(quantized)
+        w = torch.cat([self._token_weights(i) for i in chosen])
+        inside = (self.linears[f"{name}.0.{linear}"] for linear in ("gate_up", "down"))
+        least = max(weight_of(linear).shape[1] for linear in inside)
+        for e, share in enumerate(shares(originals, len(experts), least)):
+            weight = w[share.tokens] * (share.weight if self.recipe.compensate else 1)
+            f, q = x_f[share.tokens], x_q[share.tokens]
+            gated = partial(experts.gated, e)
+            gated_f = _in_parts(gated, f)  # of the original: gate_up is not rounded yet
+            part = f"{name}.{e}"
+            moments = self._expert_moments(f"{part}.gate_up", f, q, weight, share.borrowed)
+            self._quantize(f"{part}.gate_up", moments, plans, out)
+            gated_q = _in_parts(gated, q)
+            moments = self._expert_moments(f"{part}.down", gated_f, gated_q, weight, share.borrowed)
+            self._quantize(f"{part}.down", moments, plans, out)
+
+    def _expert_moments(
+        self, linear: str, x_f: Tensor, x_q: Tensor, w: Tensor, borrowed: int
+    ) -> Moments:
+        sums = _Sums(x_q.shape[1], x_q.device)
+        for f, q, weight in zip(*(x.split(_PART) for x in (x_f, x_q, w)), strict=True):
+            sums.add(f, q, weight, {})
+        return replace(sums.mean(f"{self.name}.{linear}"), borrowed=borrowed)
+
+    @torch.no_grad()
+    def _quantize(
+        self, linear: str, moments: Moments, plans: Mapping[str, LayerPlan], out: Reconstructed
+    ) -> None:
         name, module = f"{self.name}.{linear}", self.linears[linear]
-        W = weight_of(module).float()
-        target = W
+        plan, W = plans[name], weight_of(module).float()
+        target, compensation = W, 0.0
         if self.recipe.compensate:
-            target = compensate(W, moments, name, self.recipe.compensate_damp)
+            target, compensation = compensate(W, moments, name, self.recipe.compensate_damp)
         placed = placement(self.method, plan, target, moments.H)
         qw, latent, damping = quantize_weight(
             target,
@@ -304,9 +418,21 @@ class BlockQuantizer:
         error = proxy_loss(target, W_hat, moments.H)
         set_weight(module, W_hat)
         out.weights[linear], out.latents[linear] = qw, latent
-        out.layers[linear] = LayerReport(qw.layout().bits_per_weight, error, damping)
+        out.layers[linear] = LayerReport(
+            bits=qw.layout().bits_per_weight,
+            error=error,
+            damping=damping,
+            compensation=compensation,
+            tokens=moments.tokens - moments.borrowed,
+            borrowed=moments.borrowed,
+            dead=int((moments.H.diagonal() == 0).sum()),
+        )
 
 
 def _flat(x: Tensor) -> Tensor:
-    """[*b, k] -> float32 [tokens, k]."""
-    return x.flatten(0, -2).float()
+    """[*b, k] -> [tokens, k]."""
+    return x.flatten(0, -2)
+
+
+def _in_parts(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return torch.cat([run(part) for part in x.split(_PART)])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pbq.allocate import ChannelStats, PlanInput, column_energy
 from pbq.calibrate import channel_stats, input_stats
 from pbq.evaluate import Perplexity, TokenizedText, perplexity
+from pbq.experts import borrowing
 from pbq.loader import BlockLoader
 from pbq.models import Call, find_linears, record_calls, run_block, run_tail, weight_of
 from pbq.spill import HiddenStates, Spill
@@ -52,12 +53,12 @@ class Layers:
         )
         hidden = recording.hidden
         for i, calls in enumerate(recording.calls):
-            with loader.loaded(i) as block:
+            with loader.loaded(i) as block, borrowing(block):
                 linears = find_linears(block)
                 named = {f"{loader.name}.{i}.{name}": m for name, m in linears.items()}
                 passed: list[HiddenStates] = []
                 run = partial(self._run, block, hidden, calls[0], spill, passed)
-                found |= self._block(i, named, input_stats(named, run))
+                found |= self._block(i, named, input_stats(named, run, ids))
             hidden.close()
             hidden = passed[0]
             progress(i + 1, len(loader.blocks))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pbq.allocate import ChannelStats
 from pbq.errors import DataError, NumericalError
+from pbq.experts import borrowing
 
 Progress = Callable[[int, int], None]
 # Calibration segments that the channel statistics are taken from, evenly spread.
@@ -215,8 +216,9 @@ def channel_stats(
 ) -> dict[str, ChannelStats]:
     """Input statistics of every linear over `ids` [N, L], and E[g²] of its outputs if asked.
 
-    The gradients are those of the next-token loss on the same text. Raises NumericalError naming
-    the layer whose inputs are not finite.
+    The gradients are those of the next-token loss on the same text. An expert that few tokens are
+    routed to is also shown others, for their inputs alone. Raises NumericalError naming the layer
+    whose inputs are not finite, and the token.
     """
     taps = {name: _Tap(module, gradients) for name, module in linears.items()}
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -227,7 +229,7 @@ def channel_stats(
     )
     device, done = next(model.parameters()).device, 0
     try:
-        with torch.set_grad_enabled(gradients):
+        with torch.set_grad_enabled(gradients), borrowing(model):
             for rows in batches(ids.to(device), batch):
                 if gradients:
                     model(rows, use_cache=False, labels=rows).loss.backward()
@@ -243,16 +245,16 @@ def channel_stats(
         for parameter in trainable:
             parameter.requires_grad_(True)
     for name, tap in taps.items():  # first: one bad input spoils the gradients of all layers
-        tap.check_inputs(name)
+        tap.check_inputs(name, ids)
     return {name: tap.stats(name) for name, tap in taps.items()}
 
 
 def input_stats(
-    linears: Mapping[str, nn.Module], run: Callable[[], None]
+    linears: Mapping[str, nn.Module], run: Callable[[], None], ids: Tensor | None = None
 ) -> dict[str, ChannelStats]:
-    """Input statistics of every linear over all that `run` feeds them.
+    """Input statistics of every linear over all that `run` feeds them, which is of text `ids`.
 
-    Raises NumericalError naming the layer whose inputs are not finite.
+    Raises NumericalError naming the layer whose inputs are not finite, and the token.
     """
     taps = {name: _Tap(module, gradients=False) for name, module in linears.items()}
     try:
@@ -262,7 +264,7 @@ def input_stats(
         for tap in taps.values():
             tap.remove()
     for name, tap in taps.items():
-        tap.check_inputs(name)
+        tap.check_inputs(name, ids)
     return {name: tap.stats(name) for name, tap in taps.items()}
 
 
@@ -271,6 +273,7 @@ class _Tap:
 
     def __init__(self, module: nn.Module, gradients: bool) -> None:
         self.tokens = 0
+        self.bad: int | None = None  # the first token that is not finite
         self.x_sq: Tensor | None = None
         self.x_abs: Tensor | None = None
         self.x_max: Tensor | None = None
@@ -282,6 +285,9 @@ class _Tap:
     def _input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0].detach().flatten(0, -2).float().abs()
         sq, total, largest = x.pow(2).sum(0), x.sum(0), x.amax(0)
+        if self.bad is None and not torch.isfinite(sq).all():
+            fine = torch.isfinite(x.pow(2)).all(1)
+            self.bad = self.tokens + int(fine.int().argmin())
         self.tokens += len(x)
         if self.x_sq is None or self.x_abs is None or self.x_max is None:
             self.x_sq, self.x_abs, self.x_max = sq, total, largest
@@ -291,20 +297,27 @@ class _Tap:
 
     def _output(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
         out.register_hook(self._gradient)
+        if self.g_sq is None:  # and so it stays for an expert that no token was routed to
+            self.g_sq = torch.zeros(out.shape[-1], device=out.device)
 
     def _gradient(self, g: Tensor) -> None:
-        sq = g.flatten(0, -2).float().pow(2).sum(0)
-        self.g_sq = sq if self.g_sq is None else self.g_sq + sq
+        assert self.g_sq is not None
+        self.g_sq = self.g_sq + g.flatten(0, -2).float().pow(2).sum(0)
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def check_inputs(self, name: str) -> None:
+    def check_inputs(self, name: str, ids: Tensor | None) -> None:
         if self.x_sq is None:
             raise NumericalError(f"{name}: no calibration token reached this layer")
-        if not torch.isfinite(self.x_sq).all():
-            raise NumericalError(f"{name}: non-finite inputs on the calibration text")
+        if self.bad is None:
+            return
+        said = f"{name}: non-finite inputs on the calibration text"
+        if ids is not None and self.tokens == ids.numel():  # an expert sees a part of the text
+            row, token = divmod(self.bad, ids.shape[1])
+            said += f", first at token {token} (id {ids[row, token]}) of segment {row}"
+        raise NumericalError(said)
 
     def stats(self, name: str) -> ChannelStats:
         assert self.x_sq is not None and self.x_abs is not None and self.x_max is not None

@@ -23,6 +23,7 @@ from pbq.disk import check_space, read_json, size_text
 from pbq.distilling import distil_model
 from pbq.errors import ResourceError, UsageError
 from pbq.evaluate import Perplexity
+from pbq.experts import unfuse
 from pbq.finished import copy_norms, norms_of
 from pbq.hf import packed_linears
 from pbq.linear import PackedLinear
@@ -97,6 +98,7 @@ def finetune(
         about = student.config.quantization_config
         source = resolve_source(teacher or str(about.provenance.get("source", "")))
         loader = BlockLoader(source, compute_dtype(source, where), where, trust_remote_code)
+        unfuse(loader.model)  # the experts of the packed model are apart
         _check_teacher(loader, dict(packed_linears(student)), out)
         _check_memory(loader, budget(memory, loader.device), whole_model_bytes(student))
         fingerprint = {

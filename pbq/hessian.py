@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -50,17 +51,36 @@ def inverse_cholesky(
 ) -> tuple[Float[Tensor, "k k"], float]:
     """(U, damping used): U upper with (H + damping)⁻¹ = UᵀU, in float32.
 
+    The damping is that of the first step of the ladder (`_climb`) that has such a factor.
+    """
+    U, damping = _climb(_inverse_cholesky, H, percdamp, name)
+    return U.float(), damping
+
+
+def cholesky(
+    H: Float[Tensor, "k k"], percdamp: float, name: str = "weight"
+) -> tuple[Float[Tensor, "k k"], float]:
+    """(L, damping used): L lower with H + damping = LLᵀ, in H's dtype, by the same ladder."""
+    L, damping = _climb(_cholesky, H, percdamp, name)
+    return L.to(H.dtype), damping
+
+
+def _climb(
+    factor: Callable[[Tensor], Tensor | None], H: Tensor, percdamp: float, name: str
+) -> tuple[Tensor, float]:
+    """The damping ladder: (factor of the damped H, damping used).
+
     When H is not positive definite at `percdamp`, first float64 and then ten times the damping is
-    tried, up to 1; each step is logged with the layer's name. Raises NumericalError after that.
+    tried, up to 1; a step is logged with the layer's name. Raises NumericalError after that.
     """
     damping = percdamp
     while True:
-        for dtype in (torch.float32, torch.float64):
-            U = _inverse_cholesky(damp(H.to(dtype), damping))
-            if U is not None:
+        for dtype in (H.dtype, torch.float64):
+            found = factor(damp(H.to(dtype), damping))
+            if found is not None:
                 if damping != percdamp:
                     log.warning("%s: H needed damping %g instead of %g", name, damping, percdamp)
-                return U.float(), damping
+                return found, damping
         if damping >= 1:
             raise NumericalError(
                 f"{name}: H is not positive definite even with damping {damping:g}; "
@@ -72,12 +92,17 @@ def inverse_cholesky(
 def _inverse_cholesky(H_damped: Tensor) -> Tensor | None:
     # H = RRᵀ with R upper, from the factor of H read backwards; then H⁻¹ = R⁻ᵀR⁻¹ and U = R⁻¹.
     # H⁻¹ is never formed: its factor would carry the square of this error.
-    L, failed = torch.linalg.cholesky_ex(H_damped.flip(0, 1))
-    if failed:
+    L = _cholesky(H_damped.flip(0, 1))
+    if L is None:
         return None
     identity = torch.eye(len(L), device=L.device, dtype=L.dtype)
     U = torch.linalg.solve_triangular(L, identity, upper=False).flip(0, 1)
     return U if torch.isfinite(U).all() else None
+
+
+def _cholesky(H_damped: Tensor) -> Tensor | None:
+    L, failed = torch.linalg.cholesky_ex(H_damped)
+    return None if failed else L
 
 
 def saliency(

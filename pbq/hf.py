@@ -29,6 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pbq.disk import CheckpointError, checksum
 from pbq.errors import ModelError
+from pbq.experts import find_experts, fuse, fused_names, unfuse
 from pbq.linear import PackedLinear
 from pbq_kernels import FORMAT_VERSION, PackedFormatError, PackedWeight, WeightLayout
 
@@ -175,6 +176,7 @@ def install(
         config.layers[name] = layer
     quantizer = PbqQuantizer(config, pre_quantized=True)
     model.config.quantization_config = config
+    _keep_names(model)
     model.hf_quantizer = quantizer
     model.quantization_method = QUANT_METHOD
     model.is_quantized = True
@@ -194,6 +196,15 @@ def saving_part(model: PreTrainedModel, tensors: dict[str, Tensor]) -> Iterator[
         yield
     finally:
         quantizer.part = None
+
+
+def _keep_names(model: PreTrainedModel) -> None:
+    """Experts that were taken apart are saved under the names they have now.
+
+    Others take the names of the original checkpoint's files, which transformers fuses when loading.
+    """
+    if find_experts(model):
+        model._weight_conversions = []
 
 
 def _check_place(model: nn.Module, name: str, layer: PackedLayer) -> Tensor:
@@ -225,7 +236,10 @@ class PbqQuantizer(HfQuantizer):
     part: dict[str, Tensor] | None = None
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        for name, layer in self.quantization_config.layers.items():
+        layers = self.quantization_config.layers
+        apart = [m for m in fused_names(model) if any(n.startswith(f"{m}.") for n in layers)]
+        unfuse(model, only=apart)
+        for name, layer in layers.items():
             dtype = _check_place(model, name, layer).dtype
             with torch.device("meta"):
                 linear = PackedLinear(layer.layout, layer.bias, dtype)
@@ -235,6 +249,7 @@ class PbqQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         """Refuse tensors that are missing from the files, damaged, or outside the format."""
+        _keep_names(model)
         for name, linear in packed_linears(model):
             if linear.weight.is_meta:  # offloaded: read, and checked, whenever it runs
                 continue
@@ -289,9 +304,13 @@ class PbqQuantizer(HfQuantizer):
         resolved = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         with torch.device("meta"):
             original = type(model)._from_config(_unquantized(model.config))
+        unfuse(original, only=find_experts(model))
         for name, linear in list(packed_linears(model)):
             transposed = isinstance(original.get_submodule(name), Conv1D)
             model.set_submodule(name, _dense(linear, resolved, transposed))
+        if find_experts(model):
+            fuse(model)
+            model._weight_conversions = None  # those of its architecture
         return model
 
 

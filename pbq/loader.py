@@ -21,6 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import logging
 
 from pbq.errors import ModelError
+from pbq.experts import as_fused
 from pbq.models import find_blocks, load_model, refusing
 from pbq.sources import Source
 
@@ -83,7 +84,8 @@ class BlockLoader:
         """The block, read unless it is there already. Raises ModelError."""
         block = self.blocks[index]
         if self._reader is not None and index not in self._loaded:
-            with refusing(self._source, f"{self.name}.{index} cannot be loaded"):
+            what = f"{self.name}.{index} cannot be loaded"
+            with refusing(self._source, what), as_fused(block):
                 self._reader.read(f"{self.name}.{index}.")
             block.requires_grad_(False)
             self._loaded.add(index)

@@ -7,7 +7,8 @@ split, the calling convention of each block by recording it, shared inputs by lo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -26,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 import pbq.hf  # packed models load too
 from pbq.errors import ModelError, PbqError, ResourceError, UsageError
+from pbq.experts import routers
 from pbq.sources import Source, resolve_source
 from pbq.spill import HiddenStates
 
@@ -188,8 +190,11 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def find_linears(block: nn.Module) -> dict[str, Linear]:
-    """Every nn.Linear and Conv1D inside, by its name in the block."""
-    return {n: m for n, m in block.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    """Every nn.Linear and Conv1D inside but the routers of a MoE, by its name in the block."""
+    found = {n: m for n, m in block.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    for name in routers(block) & found.keys():
+        del found[name]
+    return found
 
 
 def weight_of(linear: Linear) -> Tensor:
@@ -216,24 +221,34 @@ class Coverage:
     def share(self) -> float:
         return self.quantized / self.total
 
+    def line(self) -> str:
+        """For people: the share, and what stays as it is."""
+        kinds = Counter(reason.split(",")[0] for reason in self.skipped.values())
+        left = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+        share = f"{self.share:.2%} of the block weights"
+        return f"{share}; not quantized: {left}" if left else share
+
 
 def coverage(model: PreTrainedModel) -> Coverage:
-    """Count the weights (two dimensions and more) of the decoder blocks. transformers 5 fuses the
-    experts of a MoE into 3-D parameters: these are no linears and appear among the skipped."""
+    """Count the weights (two dimensions and more) of the decoder blocks. Experts that are fused
+    into 3-D parameters (see pbq.experts) are no linears and appear among the skipped."""
     name, blocks = find_blocks(model)
     linears = {id(linear.weight) for linear in find_linears(blocks).values()}
     weights = [(f"{name}.{n}", p) for n, p in blocks.named_parameters() if p.ndim >= 2]
     left = sorted((w for w in weights if id(w[1]) not in linears), key=lambda w: -w[1].numel())
-    skipped = {n: _why_skipped(model, n, p) for n, p in left}
+    routing = routers(model)
+    skipped = {n: _why_skipped(model, n, p, routing) for n, p in left}
     quantized = sum(p.numel() for _, p in weights if id(p) in linears)
     return Coverage(quantized, sum(p.numel() for _, p in weights), skipped)
 
 
-def _why_skipped(model: nn.Module, name: str, parameter: Tensor) -> str:
-    owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+def _why_skipped(model: nn.Module, name: str, parameter: Tensor, routing: Collection[str]) -> str:
+    owner = name.rpartition(".")[0]
     shape = "x".join(map(str, parameter.shape))
     kind = "fused experts" if parameter.ndim == 3 else "not a linear layer"
-    return f"{kind}, {shape} in {owner}"
+    if owner in routing:
+        kind = "router in full precision"
+    return f"{kind}, {shape} in {type(model.get_submodule(owner)).__name__}"
 
 
 def check_coverage(model: PreTrainedModel, least: float = 0.9) -> Coverage:

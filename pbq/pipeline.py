@@ -30,6 +30,7 @@ from pbq.disk import check_space
 from pbq.distilling import Functional, distil_model
 from pbq.errors import DataError, UsageError
 from pbq.evaluate import WINDOW, Perplexity, TokenizedText, tokenize_file
+from pbq.experts import unfuse
 from pbq.finished import Finished, block_key, copy_norms, flatten, norms_of, restore
 from pbq.forecast import Speed, in_words, seconds
 from pbq.hf import PbqConfig, install, packed_linears
@@ -46,7 +47,7 @@ from pbq.models import (
     weight_of,
 )
 from pbq.pack import pack
-from pbq.report import RunReport, write_beside
+from pbq.report import RunReport, rare_experts, write_beside
 from pbq.shards import ShardWriter
 from pbq.sources import Source, resolve_source
 from pbq.spill import Spill
@@ -86,6 +87,9 @@ class Silent:
         pass
 
 
+# whatever the caller's mode is: scales and signs are found by gradients
+@torch.inference_mode(False)
+@torch.enable_grad()
 def quantize(
     source: str,
     out: Path | str,
@@ -118,7 +122,8 @@ def quantize(
             found, where = resolve_source(source), pick_device(device)
             dtype = compute_dtype(found, where)
             loader = BlockLoader(found, dtype, where, trust_remote_code)
-            check_coverage(loader.model)
+            unfuse(loader.model)
+            report.coverage = check_coverage(loader.model).line()
             text = _text(loader, ppl_text, ppl_windows) if ppl_text else None
         run = _Run(loader, config, method, report, shown, budget(memory, loader.device))
         run.check_memory()
@@ -126,6 +131,7 @@ def quantize(
         opened = Work.open(out, fingerprint, fresh=fresh, overwrite=overwrite)
         with opened as work, _dropping_what_was_refused(work):
             check_space(work.path, run.estimated_bytes())
+            shown.line(f"quantizing {report.coverage}")
             shown.line(run.forecast())
             calibration = run.calibration(work)
             if text is not None:
@@ -458,6 +464,8 @@ class _Run:
         self.report.blocks.append({"name": name, **meta})
         if not resumed:
             self.observer.line(_block_line(name, meta))
+            if rare := rare_experts(meta):
+                self.observer.line(f"  {rare}")
         return behind
 
     def _tune_and_pack(

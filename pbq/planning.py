@@ -12,6 +12,7 @@ from pbq import methods
 from pbq.allocate import ChannelStats, PlanInput, stored_bits
 from pbq.config import QuantConfig
 from pbq.disk import size_text
+from pbq.experts import unfuse
 from pbq.forecast import Speed, in_words, seconds
 from pbq.memory import budget, needs, spills
 from pbq.models import (
@@ -36,6 +37,7 @@ class PlannedRun:
     paper_bits: float
     layers: int
     coverage: float
+    covered: str
     quantized_weights: int
     quantized_bytes: int
     model_bytes: int
@@ -51,7 +53,7 @@ class PlannedRun:
         smaller = self.model_bytes_before / self.model_bytes
         return {
             "quantized": f"{self.layers} linears, {self.quantized_weights:,} weights, "
-            f"{self.coverage:.1%} of the blocks",
+            + self.covered,
             "stored bits per weight": f"{self.bits:.3f} (asked: {self.asked_bits:g})",
             "by the paper's accounting": f"{self.paper_bits:.2f}",
             "quantized layers": size_text(self.quantized_bytes),
@@ -78,6 +80,7 @@ def plan(
     recipe = method.recipe(config)
     source, device = resolve_source(name), pick_device("auto")
     model = outline(source, trust_remote_code)
+    unfuse(model)
     covered = check_coverage(model)
     block_name, blocks = find_blocks(model)
     shapes = {
@@ -113,6 +116,7 @@ def plan(
         paper_bits=method.paper_bits(plans, rows),
         layers=len(shapes),
         coverage=covered.share,
+        covered=covered.line(),
         quantized_weights=weights,
         quantized_bytes=packed,
         model_bytes=after,

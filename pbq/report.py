@@ -41,7 +41,8 @@ _PACKED_KINDS = {
 class RunReport:
     """What was asked, what was got, where the bytes are and where the seconds went.
 
-    run_options: what was asked beside the config. bits: stored bits per quantized weight.
+    run_options: what was asked beside the config. coverage: the share of the block weights that is
+    quantized, and what is not, in words. bits: stored bits per quantized weight.
     paper_bits: the paper's own accounting, a label only.
     tiers: by layer, planes, columns and damage of each tier (`note_plan`). histogram: weights of
     one layer before and after. bytes_of: what OUT's tensors take, by kind. samples: what the model
@@ -53,6 +54,7 @@ class RunReport:
     config: dict[str, Any]
     run_options: dict[str, Any] = field(default_factory=dict)
     calibration: str = ""
+    coverage: str = ""
     bits: float = 0.0
     paper_bits: float = 0.0
     quantized_weights: int = 0
@@ -146,8 +148,14 @@ class RunReport:
             "by the paper's accounting": f"{self.paper_bits:.2f}",
             **self.notes,
             "bits per parameter, whole model": f"{whole:.2f}",
+            "quantized": self.coverage,
             "calibration": self.calibration,
         }
+        own = [tokens for block in self.blocks for tokens in _own_tokens(block).values()]
+        if own:
+            rows["experts short of calibration tokens"] = (
+                f"{len(own)}, {own.count(0)} of them without any (report.json has their names)"
+            )
         if self.after is not None:
             before = f"{self.before.ppl:.2f} -> " if self.before is not None else ""
             rows["perplexity"] = f"{before}{self.after.ppl:.2f} ({self.after.label()})"
@@ -155,6 +163,21 @@ class RunReport:
         rows["seconds"] = f"{sum(self.seconds.values()):.0f}" + (f" ({spent})" if spent else "")
         rows["peak memory"] = size_text(self.peak_bytes)
         return rows
+
+
+def _own_tokens(block: Mapping[str, Any]) -> dict[str, int]:
+    """Calibration tokens of every expert of a block that had to borrow some, by its name there."""
+    return {
+        name.rpartition(".")[0]: layer["tokens"]
+        for name, layer in block["layers"].items()
+        if layer.get("borrowed")
+    }
+
+
+def rare_experts(block: Mapping[str, Any]) -> str:
+    """For people: the experts of a block that fewer tokens reached than they have inputs, or ""."""
+    found = ", ".join(f"{name} ({tokens})" for name, tokens in _own_tokens(block).items())
+    return f"few calibration tokens, others' added: {found}" if found else ""
 
 
 def _shown_layer(layers: Mapping[str, PlanInput]) -> str:

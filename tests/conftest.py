@@ -1,6 +1,6 @@
 """Fixtures for every test: tiny random checkpoints, a tiny tokenizer, random packed weights, data.
 
-`architecture` (twelve dense ones) and `moe_architecture` parametrize a test. `tiny_model(name)` is
+`architecture` (dense ones) and `moe_architecture` parametrize a test. `tiny_model(name)` is
 a fresh seeded model in RAM, `tiny_checkpoint(name)` a directory with it and its tokenizer (written
 once a session: copy it before changing it), `random_packed(n, k, tiers, ...)` a PackedWeight of
 random bits. `packed_model(name)` is a tiny model with such weights in every block linear,
@@ -66,10 +66,44 @@ EXTRA: dict[str, dict[str, object]] = {
     "gpt2": {"n_embd": 48, "n_inner": 84, "n_layer": 3, "n_head": 4, "n_positions": 64},
     "falcon": {"new_decoder_architecture": False, "ffn_hidden_size": 84},
     "bloom": {"n_layer": 3, "n_head": 4},
+    # every second layer is without rope
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
 }
 EXTRA_MOE: dict[str, dict[str, object]] = {
-    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 36, "head_dim": 12, **MOE},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 44, "head_dim": 12, **MOE},
     "mixtral": {"num_local_experts": 4, **MOE},
+    "olmoe": {"num_experts": 4, **MOE},
+}
+# Further ones, for a few tests: attention and MLP side by side; experts with transposed weights,
+# interleaved gates and biases; a shared expert beside them; a block without experts.
+MORE: dict[str, dict[str, object]] = {
+    "phi": {},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "head_dim": 12,
+        "sliding_window": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        **MOE,
+    },
+    "qwen2_moe": {
+        "num_experts": 4,
+        "moe_intermediate_size": 44,
+        "shared_expert_intermediate_size": 60,
+        **MOE,
+    },
+    "deepseek_v3": {
+        "n_routed_experts": 8,
+        "moe_intermediate_size": 44,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 12,
+        **MOE,
+    },
 }
 DEFAULT_TIERS = (Tier(0, 5), Tier(1, 20), Tier(2, 12, offset=True), Tier(4, -1, tied=True))
 
@@ -85,7 +119,7 @@ def moe_architecture(request: pytest.FixtureRequest) -> str:
 
 
 def build_tiny_model(architecture: str, **changes: object) -> PreTrainedModel:
-    extra = {**EXTRA, **EXTRA_MOE}[architecture]
+    extra = {**EXTRA, **EXTRA_MOE, **MORE}[architecture]
     config = AutoConfig.for_model(architecture, **{**LLAMA_LIKE, **extra, **changes})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -193,10 +227,12 @@ def random_packed() -> Callable[..., PackedWeight]:
 def build_packed_model(
     architecture: str, *, overlay: float = 0.0, **changes: object
 ) -> PreTrainedModel:
+    from pbq.experts import unfuse
     from pbq.hf import PbqConfig, install
     from pbq.models import find_blocks, find_linears, weight_of
 
     model = build_tiny_model(architecture, **changes)
+    unfuse(model)
     name, blocks = find_blocks(model)
     packed = {
         f"{name}.{linear_name}": (

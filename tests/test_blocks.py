@@ -77,7 +77,7 @@ def hooks_of(module: nn.Module) -> int:
 
 LLAMA_LIKE = {"self_attn.o_proj": "", "mlp.down_proj": "post_attention_layernorm"}
 BASES: dict[str, dict[str, str]] = {
-    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "phi3"], LLAMA_LIKE),
+    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3"], LLAMA_LIKE),
     "gpt2": {"attn.c_proj": "", "mlp.c_proj": "ln_2"},
     "opt": {"self_attn.out_proj": "", "fc2": "final_layer_norm"},
     "bloom": {
@@ -198,7 +198,8 @@ def test_compensate_solves_its_least_squares_problem(with_residual: bool) -> Non
     gap = torch.randn(m, n, dtype=torch.float64) if with_residual else None
     W, w = torch.randn(n, k, dtype=torch.float64), torch.rand(m, dtype=torch.float64)
     moments = moments_of(x_f, x_q, w, gap)
-    found = compensate(W, moments, "a", percdamp=0.05)
+    found, damping_used = compensate(W, moments, "a", percdamp=0.05)
+    assert damping_used == 0.05
     # every token and every damping term is one row of an ordinary least squares problem
     damping = 0.05 * moments.H.diagonal().mean()
     target = x_f @ W.T + (0 if gap is None else gap)
@@ -213,21 +214,53 @@ def test_compensate_changes_nothing_when_the_streams_are_equal() -> None:
     torch.manual_seed(0)
     W, x = torch.randn(5, 11), torch.randn(63, 11)
     moments = moments_of(x, x.clone(), torch.rand(63), torch.zeros(63, 5))
-    assert torch.equal(compensate(W, moments, "a", 0.05), W)
+    assert torch.equal(compensate(W, moments, "a", 0.05)[0], W)
 
 
 def test_compensate_takes_the_residual_of_its_own_layer_only() -> None:
     torch.manual_seed(0)
     W, x = torch.randn(5, 11), torch.randn(63, 11)
     moments = moments_of(x, x.clone(), torch.rand(63), torch.randn(63, 5), name="another")
-    assert torch.equal(compensate(W, moments, "a", 0.05), W)
-    assert not torch.equal(compensate(W, moments, "another", 0.05), W)
+    assert torch.equal(compensate(W, moments, "a", 0.05)[0], W)
+    assert not torch.equal(compensate(W, moments, "another", 0.05)[0], W)
 
 
 def test_compensate_names_the_layer_of_a_bad_hessian() -> None:
     moments = Moments(-torch.eye(3), torch.zeros(3, 3), {})
     with pytest.raises(NumericalError, match=r"layers\.7\.o_proj: H is not positive definite"):
         compensate(torch.ones(2, 3), moments, "layers.7.o_proj", 0.05)
+
+
+def test_compensate_climbs_the_ladder_and_tells_the_damping() -> None:
+    torch.manual_seed(0)
+    H = torch.diag(torch.tensor([4.0, 2.0, -0.9]))  # mean 1.7: positive definite from 0.53 on
+    cross = torch.randn(3, 3)
+    W = torch.randn(2, 3)
+    found, damping = compensate(W, Moments(H, cross, {}), "a", 0.3)
+    assert damping == 1.0
+    expected = W + W @ cross @ torch.linalg.inv(H + 1.7 * torch.eye(3))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_outputs_that_are_not_finite_name_the_block(tiny_model: TinyModel) -> None:
+    scene = Scene(tiny_model("llama"))
+    scene.block.mlp.down_proj.weight.data[3, 3] = float("nan")
+    quantizer = scene.quantizer(Recipe(), ptq161.Ptq161(faithful=False))
+    said = r"^model\.layers\.0: non-finite outputs on the calibration text, first at token 0 of its"
+    with pytest.raises(NumericalError, match=said):
+        quantizer.run(scene.streams, scene.plans(ptq161.Ptq161(faithful=False)))
+
+
+def test_dead_inputs_and_tokens_are_counted(tiny_model: TinyModel) -> None:
+    scene = Scene(tiny_model("llama"))
+    scene.block.self_attn.v_proj.weight.data.zero_()
+    quantizer = scene.quantizer(Recipe(), ptq161.Ptq161(faithful=False))
+    done = quantizer.run(scene.streams, scene.plans(ptq161.Ptq161(faithful=False)))
+    for name, report in done.layers.items():
+        assert report.dead == (48 if name == "self_attn.o_proj" else 0)
+        assert report.tokens == BATCHES * ROWS * LENGTH and report.borrowed == 0
+        assert report.compensation == 0.3
+    assert torch.isfinite(done.weights["self_attn.o_proj"].dequantize()).all()
 
 
 # A whole block
@@ -242,7 +275,7 @@ def run_and_record(
     """Quantize the scene's block; the moments that each linear was given, by its full name."""
     given: dict[str, Moments] = {}
 
-    def spy(W: Tensor, moments: Moments, name: str, percdamp: float) -> Tensor:
+    def spy(W: Tensor, moments: Moments, name: str, percdamp: float) -> tuple[Tensor, float]:
         given[name] = moments
         return compensate(W, moments, name, percdamp)
 
@@ -437,6 +470,10 @@ def test_non_finite_activations_name_block_and_layer(
     setattr(scene.streams, stream, poisoned)
     method = ptq161.Ptq161(faithful=False)
     quantizer = scene.quantizer(Recipe(), method)
-    with pytest.raises(NumericalError, match=r"model\.layers\.0\.self_attn\.q_proj: non-finite"):
+    expected = (
+        r"^model\.layers\.0\.self_attn\.q_proj: non-finite inputs on the calibration text, "
+        rf"first at token 3 of its segment {ROWS}$"
+    )
+    with pytest.raises(NumericalError, match=expected):
         quantizer.run(scene.streams, scene.plans(method))
     assert hooks_of(scene.block) == 0

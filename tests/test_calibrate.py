@@ -338,6 +338,16 @@ def test_non_finite_inputs_name_the_layer(tiny_model, gradients):
     assert not any(m._forward_pre_hooks for m in linears.values())
 
 
+def test_non_finite_inputs_name_the_token(tiny_model):
+    model, ids = tiny_model("llama", tie_word_embeddings=False), some_ids(3, 8)
+    ids[ids == 259] = 0
+    ids[1, 6] = 259
+    model.get_input_embeddings().weight.data[259] = float("nan")
+    said = r"^model\.layers\.0\.self_attn\.q_proj: .* first at token 6 \(id 259\) of segment 1$"
+    with pytest.raises(NumericalError, match=said):
+        channel_stats(model, linears_of(model), ids, gradients=False)
+
+
 def test_non_finite_gradients_name_a_layer(tiny_model):
     model = tiny_model("llama")
     model.lm_head = nn.Linear(48, 272, bias=False)  # untied: only the loss sees it

@@ -1,4 +1,4 @@
-"""Checkpoints through transformers: written, read, refused. The twelve architectures, no hub."""
+"""Checkpoints through transformers: written, read, refused. All architectures, no hub."""
 
 from __future__ import annotations
 

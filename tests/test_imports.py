@@ -32,6 +32,8 @@ FLOORS: dict[str, int] = {
     "pbq.sources": 4,
     "pbq.recipes": 4,
     "pbq.linear": 4,
+    "pbq.experts": 4,
+    "pbq.routing": 4,
     "pbq.hf": 4,
     "pbq": 4,
     "pbq.models": 4,

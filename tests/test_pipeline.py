@@ -13,6 +13,7 @@ import re
 import shutil
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from pbq import checkpoint, linear, pipeline, planning, work
+from pbq import checkpoint, experts, linear, pipeline, planning, work
 from pbq.blocks import BlockQuantizer, Streams
 from pbq.config import QuantConfig
 from pbq.distilling import steps_of
@@ -269,8 +270,9 @@ def test_the_observer_is_told_and_closed(finish: Finish) -> None:
     observer = finish("llama").observer
     stages = observer.of("stage")
     assert stages[0] == "load the model" and stages[-2:] == ["blocks", "write"]
-    first, *lines = observer.of("line")
-    assert " about " in first and "statistics" in first
+    covered, forecast, *lines = observer.of("line")
+    assert covered == "quantizing 100.00% of the block weights"
+    assert " about " in forecast and "statistics" in forecast
     assert [line.split()[0] for line in lines] == [f"model.layers.{i}" for i in range(3)]
     assert all("layer error" in line and "block loss" in line for line in lines)
     assert observer.closed >= 1
@@ -525,11 +527,17 @@ def whole(
     return once
 
 
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
 def test_two_runs_are_the_same_byte_for_byte(
-    tiny_checkpoint: Callable[[str], Path], config: QuantConfig, tmp_path: Path, finish: Finish
+    mode: Callable[[], Any],
+    tiny_checkpoint: Callable[[str], Path],
+    config: QuantConfig,
+    tmp_path: Path,
+    finish: Finish,
 ) -> None:
     torch.manual_seed(123)  # whatever the process did before must not matter
-    done = quantized(tiny_checkpoint("llama"), tmp_path / "another", config)
+    with mode():
+        done = quantized(tiny_checkpoint("llama"), tmp_path / "another", config)
     assert contents(done.out) == contents(finish("llama").out)
 
 
@@ -574,15 +582,19 @@ def test_a_budget_that_cannot_be_met_leaves_nothing_and_names_one_that_can(
     assert done.report.bits <= float(found.group(1))
 
 
-def test_experts_outside_linear_layers_are_refused_with_the_coverage(
+def test_experts_that_cannot_be_taken_apart_are_refused_with_the_coverage(
     moe_architecture: str,
     tiny_checkpoint: Callable[[str], Path],
     config: QuantConfig,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(experts, "is_fused", lambda module: False)
     with pytest.raises(ModelError, match=r"only \d+\.\d% of the block weights"):
         quantized(tiny_checkpoint(moe_architecture), tmp_path / "out", config)
     assert nothing_at(tmp_path / "out")
+    with pytest.raises(ModelError, match=r"only \d+\.\d% of the block weights"):
+        planning.plan(str(tiny_checkpoint(moe_architecture)), config)
 
 
 def test_a_model_of_nans_is_refused_with_the_layer(
