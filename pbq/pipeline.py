@@ -263,7 +263,7 @@ class _Run:
         shapes = {name: (W.shape[0], W.shape[1]) for name, W in weights.items()}
         speed = Speed.measure(first.dtype, self.loader.device)
         found = seconds(shapes, head, self.config, self.recipe, speed)
-        return f"at this machine's present speed about {in_words(found)}"
+        return f"about {in_words(found)} at this machine's present speed"
 
     # --- calibration ---------------------------------------------------------------------------
 
