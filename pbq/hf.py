@@ -341,13 +341,21 @@ def load(path: str, **kwargs: Any) -> PreTrainedModel:
     found = getattr(config, "quantization_config", None) or {}
     if found.get("quant_method") != QUANT_METHOD:
         raise ModelError(f"{path}: not a checkpoint that pbq packed")
-    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+    # not ignored, but refused by name
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     refuse_missing(path, info)
     return model
 
 
 def refuse_missing(path: str, info: Mapping[str, Any]) -> None:
     """Raise ModelError when from_pretrained, as its loading info says, made up some tensors."""
+    mismatched = sorted(tuple(entry) for entry in info["mismatched_keys"])
+    if mismatched:
+        name, stored, expected = mismatched[0]
+        raise ModelError(
+            f"{path}: {name} is {list(stored)} in its files, the model has {list(expected)}"
+        )
     missing = info["missing_keys"]
     if missing:
         raise ModelError(

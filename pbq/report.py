@@ -148,7 +148,7 @@ class RunReport:
             "by the paper's accounting": f"{self.paper_bits:.2f}",
             **self.notes,
             "bits per parameter, whole model": f"{whole:.2f}",
-            "quantized": self.coverage,
+            **({"quantized": self.coverage} if self.coverage else {}),
             "calibration": self.calibration,
         }
         own = [tokens for block in self.blocks for tokens in _own_tokens(block).values()]

@@ -255,6 +255,18 @@ def test_pbq_load_refuses_missing_dense_tensors(changed: Path) -> None:
         pbq.load(str(changed))
 
 
+def test_pbq_load_refuses_dense_tensors_of_another_shape(changed: Path) -> None:
+    """Their checksum is that of the bytes, which may be the same."""
+
+    def reshape(tensors: dict[str, Tensor]) -> None:
+        tensors["model.norm.weight"] = tensors["model.norm.weight"][None].clone()
+
+    rewrite(changed, reshape)
+    said = r"model\.norm\.weight is \[1, \d+\] in its files, the model has \[\d+\]"
+    with pytest.raises(ModelError, match=said):
+        pbq.load(str(changed))
+
+
 # --- install -----------------------------------------------------------------------------------
 
 
