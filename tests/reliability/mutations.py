@@ -130,11 +130,15 @@ def _check_same(source: Path, copy: Path, unchecked: tuple[str, ...]) -> None:
     """What verify let pass holds the tensors, and says the layers, of the original.
 
     Tensors of other names may be there, where verify says that it knows nothing of them. One that
-    is not packed may have another shape: only loading knows the model's own, and refuses it.
+    is not packed may have another name or shape: only loading knows the model's own, and refuses.
     """
     was, now = _tensors(source), _tensors(copy)
     packed = {name for layer in inspect(source).layers for name in _names(layer)}
+    sums = {checksum(tensor) for tensor in now.values()}
     for name, tensor in was.items():
+        if name not in now:
+            assert name not in packed and checksum(tensor) in sums, f"{name} is gone"
+            continue
         assert now[name].shape == tensor.shape or name not in packed, name
         same = torch.equal(tensor.flatten(), now[name].flatten())
         assert tensor.dtype == now[name].dtype and same, name
