@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ class Finished(Mapping[str, PackedWeight]):
 
     def __init__(self, work: Work, blocks: str, count: int, device: torch.device) -> None:
         self._work, self._blocks, self._count, self._device = work, blocks, count, device
-        self._last: tuple[int, tuple[dict[str, PackedWeight], dict[str, Tensor]]] | None = None
+        self._last: tuple[int, _Block] | None = None
         self._distilled: dict[str, Tensor] | None = None
 
     def replace_by(self, distilled: dict[str, Tensor]) -> None:
@@ -33,17 +34,31 @@ class Finished(Mapping[str, PackedWeight]):
 
     def block(self, index: int) -> tuple[dict[str, PackedWeight], dict[str, Tensor]]:
         """(packed weights, norm.NAME) of one block, by names within it."""
+        found = self._block(index)
+        return found.packed, found.norms
+
+    def latent(self, name: str) -> Tensor:
+        """float32 [n, k]: a linear's weight just before it was rounded, where it was kept."""
+        index, linear = self._place(name)
+        return self._block(index).latents[f"latent.{linear}"].float().to(self._device)
+
+    def _block(self, index: int) -> _Block:
         if self._last is None or self._last[0] != index:
             self._last = index, self._read(index)
         return self._last[1]
 
-    def _read(self, index: int) -> tuple[dict[str, PackedWeight], dict[str, Tensor]]:
+    def _read(self, index: int) -> _Block:
         tensors, meta = self._work.load(block_key(index))
+        latents = _starting("latent.", tensors)
         if self._distilled is not None:
             tensors = _below(self._distilled, f"{self._blocks}.{index}.")
-        tensors = {n: t.to(self._device) for n, t in tensors.items() if not _is_latent(n)}
-        norms = {name: tensor for name, tensor in tensors.items() if name.startswith("norm.")}
-        return _packed(tensors, meta), norms
+        tensors = {n: t.to(self._device) for n, t in tensors.items() if n not in latents}
+        return _Block(_packed(tensors, meta), _starting("norm.", tensors), latents)
+
+    def _place(self, name: str) -> tuple[int, str]:
+        """The block of a linear, and the linear's name within it."""
+        index, _, linear = name.removeprefix(f"{self._blocks}.").partition(".")
+        return int(index), linear
 
     def norms_around(self) -> dict[str, Tensor]:
         """norm.NAME of what distillation changed outside the blocks."""
@@ -55,8 +70,8 @@ class Finished(Mapping[str, PackedWeight]):
         }
 
     def __getitem__(self, name: str) -> PackedWeight:
-        index, _, linear = name.removeprefix(f"{self._blocks}.").partition(".")
-        return self.block(int(index))[0][linear]
+        index, linear = self._place(name)
+        return self.block(index)[0][linear]
 
     def __iter__(self) -> Iterator[str]:
         for index in range(self._count):
@@ -67,8 +82,17 @@ class Finished(Mapping[str, PackedWeight]):
         return sum(1 for _ in self)
 
 
-def _is_latent(name: str) -> bool:
-    return name.startswith("latent.")
+@dataclass(frozen=True)
+class _Block:
+    """One finished block: packed weights by linear, norm.NAME, latent.LINEAR."""
+
+    packed: dict[str, PackedWeight]
+    norms: dict[str, Tensor]
+    latents: dict[str, Tensor]
+
+
+def _starting(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -399,7 +399,7 @@ class _Run:
                     self.blocks,
                     dict(finished),
                     {n: p.detach().clone() for n, p in norms_of(self.model).items()},
-                    lambda name: self._latent(work, name),
+                    finished.latent,
                     rows,
                     hidden,
                     settings,
@@ -414,12 +414,6 @@ class _Run:
             work.forget("training")
         self.report.distillation = meta["tuned"]
         return {name: tensor.to(self.loader.device) for name, tensor in tensors.items()}
-
-    def _latent(self, work: Work, name: str) -> Tensor:
-        """Where the latent weight of a linear starts: as GPTQ compensated it before rounding."""
-        index, linear = name.removeprefix(f"{self.loader.name}.").split(".", 1)
-        tensors, _ = work.load(block_key(int(index)))
-        return tensors[f"latent.{linear}"].float().to(self.loader.device)
 
     def _block(
         self,
