@@ -29,7 +29,12 @@ def compare(
         Optional[list[Path]],  # noqa: UP045
         typer.Option(help="text file for perplexity; may be given several times"),
     ] = None,
-    methods: Annotated[str, typer.Option(help="comma separated, or all")] = "all",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="comma separated, or all; METHOD@BITS and METHOD@paper bring their own budget"
+        ),
+    ] = "all",
     bits: Annotated[str, typer.Option(help="stored bits per weight, comma separated")] = "1.61,2,3",
     faithful: Annotated[
         bool, typer.Option(help="also the papers' own recipes, at the bits they truly store")

@@ -83,21 +83,30 @@ class Comparison:
 
 
 def configurations(
-    names: Iterable[str], bits: Iterable[float], common: QuantConfig, *, faithful: bool = False
+    names: Iterable[str], bits: Sequence[float], common: QuantConfig, *, faithful: bool = False
 ) -> list[QuantConfig]:
     """Every method at every budget; with `faithful` also the paper's own recipe of those with one.
 
+    A name may bring its own budget: METHOD@BITS, or METHOD@paper for the paper's recipe.
     Raises UsageError for an unknown method, or an option of `common` that one has no use for.
     """
     found: list[QuantConfig] = []
-    for name in names:
-        asked = [dataclasses.replace(common, method=name, bits=b) for b in bits]
-        for config in asked:
-            methods.get(name, config)
-        found += asked
-        if faithful and _has_paper(name):
+    for chosen in names:
+        name, _, own = chosen.partition("@")
+        budgets = [] if own == "paper" else [_budget(chosen, own)] if own else bits
+        found += [dataclasses.replace(common, method=name, bits=b) for b in budgets]
+        if own == "paper" or (faithful and not own and _has_paper(name)):
             found.append(dataclasses.replace(common, method=name, faithful=True))
+    for config in found:
+        methods.get(config.method, config)
     return found
+
+
+def _budget(chosen: str, bits: str) -> float:
+    try:
+        return float(bits)
+    except ValueError:
+        raise UsageError(f"--methods {chosen}: expected METHOD@BITS or METHOD@paper") from None
 
 
 def _has_paper(name: str) -> bool:

@@ -77,6 +77,17 @@ def test_every_method_at_every_budget_and_the_papers_once(common: QuantConfig) -
         configurations(["nonsense"], [2.0], common)
 
 
+def test_a_method_may_bring_its_own_budget() -> None:
+    found = configurations(["rtn@2.15", "gptq", "pb-llm@paper"], [3.5], QuantConfig())
+    assert [(c.method, c.bits, c.faithful) for c in found] == [
+        ("rtn", 2.15, False),
+        ("gptq", 3.5, False),
+        ("pb-llm", QuantConfig().bits, True),
+    ]
+    with pytest.raises(UsageError, match="rtn@two: expected METHOD@BITS or METHOD@paper"):
+        configurations(["rtn@two"], [3.5], QuantConfig())
+
+
 def test_a_comparison_says_what_each_run_stored(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, common: QuantConfig,
     protocol: Protocol, counted: list[str],
