@@ -139,8 +139,8 @@ def plan_each(
     What the refusal of that one names will do for all.
     """
     first = max(layers, key=lambda name: least_bits(layers[name]))
-    plan(first, layers[first])  # refuses for all of them
-    return {name: plan(name, layer) for name, layer in layers.items()}
+    planned = plan(first, layers[first])  # refuses for all of them
+    return {name: planned if name == first else plan(name, layer) for name, layer in layers.items()}
 
 
 def tiers_of(score: Float[Tensor, " k"], c: int) -> UInt8[Tensor, " k"]:

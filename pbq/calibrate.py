@@ -24,18 +24,23 @@ STATISTICS_ROWS = 16
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """ids int64 [nsamples, seqlen] and where they came from; their sha256 names the set."""
+    """ids int64 [nsamples, seqlen] and where they came from; their sha256 names the set.
+
+    further: segments [M, seqlen] of the same text behind those; only a distillation sees them.
+    """
 
     ids: Tensor
     source: str
+    further: Tensor
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
+        return hashlib.sha256(torch.cat([self.ids, self.further]).numpy().tobytes()).hexdigest()
 
     def label(self) -> str:
         n, length = self.ids.shape
-        return f"{self.source}, {n} x {length} tokens"
+        more = f", distilled on {len(self.further)} more" if len(self.further) else ""
+        return f"{self.source}, {n} x {length} tokens{more}"
 
 
 def load_calibration(
@@ -46,14 +51,16 @@ def load_calibration(
     nsamples: int,
     seqlen: int,
     seed: int,
+    further: int = 0,
     progress: Progress | None = None,
 ) -> Calibration:
     """The first nsamples x seqlen tokens of a text file, a datasets id, or of the model's own text.
 
     source: "self"; a path (.jsonl: one object a line with a "text", anything else: plain text);
     or a datasets id `name[:config[:split]]`. Several, joined by "+", share the segments evenly: a
-    model calibrated on one kind of text loses more on the others. Raises DataError when there is
-    too little text.
+    model calibrated on one kind of text loses more on the others. further: at most so many segments
+    more, as far as the texts go; there are none of the model's own text, which would have to be
+    made first. Raises DataError when there is too little text.
     """
     parts = [source] if Path(source).exists() else source.split("+")
     if len(parts) > nsamples:
@@ -67,30 +74,39 @@ def load_calibration(
                 nsamples=nsamples * (i + 1) // len(parts) - nsamples * i // len(parts),
                 seqlen=seqlen,
                 seed=seed + i,
+                further=further,
                 progress=progress,
             )
             for i, part in enumerate(parts)
         ]
-        ids = torch.cat([each.ids for each in found])
         # a batch, and a subset that is evenly spread, should hold every kind
-        order = torch.randperm(nsamples, generator=torch.Generator().manual_seed(seed))
-        return Calibration(ids[order], " + ".join(each.source for each in found))
+        generator = torch.Generator().manual_seed(seed)
+        ids = _shuffled([each.ids for each in found], generator)
+        more = _shuffled([each.further for each in found], generator)
+        return Calibration(ids, " + ".join(each.source for each in found), more[:further])
     if source == "self":
         ids = sample_from_model(model, tokenizer, nsamples, seqlen, seed, progress)
-        return Calibration(ids, f"sampled from the model itself, seed {seed}")
+        return Calibration(ids, f"sampled from the model itself, seed {seed}", ids[:0])
     path = Path(source)
     looks_local = path.exists() or path.suffix in {".txt", ".jsonl", ".json", ".raw", ".md"}
     texts = _read_file(path) if looks_local else _read_dataset(source)
     name = path.name if looks_local else source
     needed = nsamples * seqlen
-    ids = _tokenize(texts, tokenizer, needed)
+    ids = _tokenize(texts, tokenizer, needed + further * seqlen)
     if len(ids) < needed:
         rows = len(ids) // seqlen
         raise DataError(
             f"{name}: {len(ids)} tokens, but {nsamples} x {seqlen} = {needed} are needed; "
             f"use a longer text{f', --nsamples {rows}' if rows else ''} or a smaller --seqlen"
         )
-    return Calibration(ids[:needed].view(nsamples, seqlen), name)
+    segments = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
+    return Calibration(segments[:nsamples], name, segments[nsamples : nsamples + further])
+
+
+def _shuffled(parts: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    """The rows of all parts in random order."""
+    rows = torch.cat(list(parts))
+    return rows[torch.randperm(len(rows), generator=generator)]
 
 
 def _tokenize(texts: Iterable[str], tokenizer: Any, needed: int) -> Tensor:

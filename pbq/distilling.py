@@ -6,7 +6,7 @@ The original model lends its code: it is called with the weights that the packed
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +21,10 @@ from pbq.tune import (
     Distillation,
     Keep,
     Progress,
-    TunableWeight,
     Tuned,
     distill,
     held_out,
+    tunable,
 )
 from pbq_kernels import PackedWeight
 
@@ -48,34 +48,37 @@ def distil_model(
     model: dense; what lies around its blocks is the original's, which the targets are made with.
     norms: where the gains start, by name. latent(name): where a linear's latent weight [n, k]
     starts; asked only if codes are to move. rows: ids [b, L], batches of one size; hidden: what the
-    original's last block makes of each, [b, L, d].
+    original's last block makes of the first of them, [b, L, d], among which are the held-out ones.
+    The others are run through the original when their turn comes.
     """
-    steps, unseen = steps_of(rows)
+    steps, unseen = steps_of(rows, held_out(len(hidden)))
     linears = {name: model.get_submodule(name) for name in packed}
     # single rows: a step may take them from several batches, which are all of one size
     size = len(rows[0])
 
-    def taken(batches: Sequence[Tensor], i: int) -> Tensor:
-        return torch.cat([batches[j // size][j % size, None] for j in steps[i]])
+    def taken(i: int) -> Tensor:
+        return torch.cat([rows[j // size][j % size, None] for j in steps[i]])
+
+    def original(j: int) -> Tensor:
+        batch, row = divmod(j, size)
+        if batch < len(hidden):
+            return hidden[batch][row, None]
+        return last_hidden(model, blocks, rows[batch][row, None])
 
     def student(W: Mapping[str, Tensor], gains: Mapping[str, Tensor], i: int) -> Tensor:
         called = Functional(model, linears, W, gains)
-        logits: Tensor = called(taken(rows, i), use_cache=False).logits
+        logits: Tensor = called(taken(i), use_cache=False).logits
         return logits
 
     def teacher(i: int) -> Tensor:
-        return run_tail(model, blocks, taken(rows, i), taken(hidden, i))
+        return run_tail(model, blocks, taken(i), torch.cat([original(j) for j in steps[i]]))
 
-    weights = {
-        name: TunableWeight(
-            unpack(pw),
-            latent(name) if settings.latent_lr else None,
-            settings.only_planes,
-            weight_of(linears[name]).dtype,
-            analytic=settings.analytic,
-        )
-        for name, pw in packed.items()
-    }
+    weights = tunable(
+        {name: unpack(pw) for name, pw in packed.items()},
+        latent,
+        settings,
+        lambda name: weight_of(linears[name]).dtype,
+    )
     found, gains, tuned = distill(
         student,
         teacher,
@@ -91,9 +94,29 @@ def distil_model(
     return {name: pack(qw) for name, qw in found.items()}, gains, tuned
 
 
-def steps_of(batches: Sequence[Tensor]) -> tuple[list[list[int]], list[int]]:
-    """Rows taken together in a step of STEP_TOKENS tokens, and the indices of held-out steps."""
-    judges = set(held_out(len(batches)))
+@torch.no_grad()
+def last_hidden(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor) -> Tensor:
+    """What the last block makes of ids [b, L]: [b, L, d]."""
+    found: list[Tensor] = []
+
+    def note(module: nn.Module, args: Any, out: Any) -> None:
+        found.append(out[0] if isinstance(out, tuple) else out)
+
+    handle = blocks[-1].register_forward_hook(note)
+    try:
+        model.base_model(ids, use_cache=False)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def steps_of(
+    batches: Sequence[Tensor], judges: Collection[int]
+) -> tuple[list[list[int]], list[int]]:
+    """Rows taken together in a step of STEP_TOKENS tokens, and the indices of held-out steps.
+
+    judges: the held-out batches.
+    """
     judged = [i in judges for i, batch in enumerate(batches) for _ in batch]
     size = max(1, STEP_TOKENS // batches[0].shape[1])
     train, unseen = ([i for i, j in enumerate(judged) if j is which] for which in (False, True))

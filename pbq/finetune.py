@@ -7,20 +7,17 @@ never worse on held-out calibration text than what went in.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from pbq import __version__, hf
 from pbq.calibrate import Calibration, batches, load_calibration
 from pbq.config import QuantConfig
 from pbq.disk import check_space, read_json, size_text
-from pbq.distilling import distil_model
+from pbq.distilling import distil_model, last_hidden
 from pbq.errors import ResourceError, UsageError
 from pbq.evaluate import Perplexity
 from pbq.experts import unfuse
@@ -141,7 +138,10 @@ def _train(
     """Leaves the better numbers in `student`."""
     rows = batches(calibration.ids.to(loader.device), BATCH)
     observer.stage("original model", len(rows))
-    hidden = _last_hidden(loader.model, loader.blocks, rows, observer)
+    hidden = []
+    for i, ids in enumerate(rows):
+        hidden.append(last_hidden(loader.model, loader.blocks, ids))
+        observer.step(i + 1, len(rows))
     observer.stage("finetuning", training.steps)
     found, gains, tuned = distil_model(
         loader.model,
@@ -206,27 +206,7 @@ def _calibration(
         )
         work.save("calibration", {"ids": found.ids}, {"source": found.source})
     tensors, meta = work.load("calibration")
-    return Calibration(tensors["ids"], meta["source"])
-
-
-@torch.no_grad()
-def _last_hidden(
-    model: Any, blocks: nn.ModuleList, rows: Sequence[Tensor], observer: Observer
-) -> list[Tensor]:
-    """What the last block makes of each batch, [b, L, d]."""
-    found: list[Tensor] = []
-
-    def note(module: nn.Module, args: Any, out: Any) -> None:
-        found.append(out[0] if isinstance(out, tuple) else out)
-
-    handle = blocks[-1].register_forward_hook(note)
-    try:
-        for i, ids in enumerate(rows):
-            model.base_model(ids, use_cache=False)
-            observer.step(i + 1, len(rows))
-    finally:
-        handle.remove()
-    return found
+    return Calibration(tensors["ids"], meta["source"], tensors["ids"][:0])
 
 
 def _report(out: Path, model: Any, provenance: Mapping[str, Any]) -> RunReport:

@@ -68,8 +68,9 @@ def seconds(
     if recipe.block is not None:
         found["blocks"] += 6 * weights * recipe.block.epochs * tokens / speed.model
     if recipe.distillation is not None:
-        # teacher: its head alone, on kept hidden states
-        step = STEP_TOKENS * (6 * weights + 8 * head)
+        # the original model: its head alone, on kept hidden states, but the whole on further text
+        again = 0 if config.calib == "self" else 2 * weights
+        step = STEP_TOKENS * (6 * weights + again + 8 * head)
         found["distillation"] = recipe.distillation.steps * step / speed.model
     return {stage: time / EFFICIENCY for stage, time in found.items()}
 

@@ -51,7 +51,7 @@ from pbq.report import RunReport, rare_experts, write_beside
 from pbq.shards import ShardWriter
 from pbq.sources import Source, resolve_source
 from pbq.spill import Spill
-from pbq.tune import TunableWeight, tune_block
+from pbq.tune import STEP_TOKENS, tunable, tune_block
 from pbq.work import Keeper, Work, check_target
 from pbq_kernels import PackedWeight
 
@@ -270,7 +270,7 @@ class _Run:
     def calibration(self, work: Work) -> Calibration:
         if work.has("calibration"):
             tensors, meta = work.load("calibration")
-            return Calibration(tensors["ids"], meta["source"])
+            return Calibration(tensors["ids"], meta["source"], tensors["further"])
         self.observer.stage("calibration text", None)
         sampled = "self" in self.config.calib.split("+")
         whole = self.loader.whole() if sampled else nullcontext(self.model)
@@ -282,10 +282,17 @@ class _Run:
                 nsamples=self.config.nsamples,
                 seqlen=self.config.seqlen,
                 seed=self.config.seed,
+                further=self._further(),
                 progress=self.observer.step,
             )
-        work.save("calibration", {"ids": calibration.ids}, {"source": calibration.source})
+        tensors = {"ids": calibration.ids, "further": calibration.further}
+        work.save("calibration", tensors, {"source": calibration.source})
         return calibration
+
+    def _further(self) -> int:
+        """Segments the distillation asks for: text that it need not see twice."""
+        settings = self.recipe.distillation
+        return 0 if settings is None else settings.steps * STEP_TOKENS // self.config.seqlen
 
     def score_original(self, work: Work, text: _Text) -> None:
         """Perplexity and samples before; in `work`, so that a resumed run need not measure again.
@@ -373,6 +380,9 @@ class _Run:
             self.observer.step(i + 1, len(self.blocks))
         finished = Finished(work, self.loader.name, len(self.blocks), self.loader.device)
         if self.recipe.distillation is not None:
+            further, size = calibration.further.to(self.loader.device), len(rows[0])
+            whole = range(0, len(further) - size + 1, size)
+            rows = [*rows, *(further[i : i + size] for i in whole)]
             finished.replace_by(self._distil(work, finished, rows, streams.fp))
         streams.close()
         return finished
@@ -384,7 +394,11 @@ class _Run:
         rows: Sequence[Tensor],
         hidden: Sequence[Tensor],
     ) -> dict[str, Tensor]:
-        """Train the whole model towards the original, whose last hidden states are `hidden`."""
+        """Train the whole model towards the original.
+
+        hidden: the last hidden states of the original on as many of the rows as blocks were fitted
+        to.
+        """
         settings = self.recipe.distillation
         assert settings is not None
         if work.has("distillation"):
@@ -481,15 +495,12 @@ class _Run:
 
             weights, gains, tuned = tune_block(
                 run,
-                {
-                    n: TunableWeight(
-                        qw,
-                        done.latents[n] if tuning.latent_lr else None,
-                        tuning.only_planes,
-                        weight_of(linears[n]).dtype,
-                    )
-                    for n, qw in weights.items()
-                },
+                tunable(
+                    weights,
+                    done.latents.__getitem__,
+                    tuning,
+                    lambda name: weight_of(linears[name]).dtype,
+                ),
                 norms_of(block),
                 streams.quant,
                 quantizer.targets,

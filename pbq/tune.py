@@ -53,9 +53,8 @@ class Rates:
 class BlockTuning(Rates):
     """Optimisation of one block against the original block.
 
-    epochs: passes over the calibration rows. loss: "relative" (squared error relative to each
-    token's own norm) or "mse-nlc" (PTQ1.61, eq. 8). dual: also meet the original block on the
-    quantized inputs.
+    epochs: passes over the calibration rows. loss: "relative" (`relative_error`) or "mse-nlc"
+    (PTQ1.61, eq. 8). dual: also meet the original block on the quantized inputs.
     """
 
     epochs: float
@@ -301,6 +300,25 @@ class TunableWeight(nn.Module):
         return out
 
 
+def tunable(
+    weights: Mapping[str, QuantizedWeight],
+    latent: Callable[[str], Tensor],
+    rates: Rates,
+    dtype: Callable[[str], torch.dtype],
+) -> dict[str, TunableWeight]:
+    """Weights as these rates train them. latent(name) [n, k]: asked only if codes are to move."""
+    return {
+        name: TunableWeight(
+            qw,
+            latent(name) if rates.latent_lr else None,
+            rates.only_planes,
+            dtype(name),
+            analytic=rates.analytic,
+        )
+        for name, qw in weights.items()
+    }
+
+
 def bit(codes: Tensor, plane: int) -> Tensor:
     """Bool: is this plane +1."""
     return (codes & (1 << plane)).bool()
@@ -352,10 +370,15 @@ def _per_group(own: TunableWeight, t: int, x: Tensor) -> Tensor:
     return own.group_sums(t, x)
 
 
-def relative_mse(y: Tensor, target: Tensor) -> Tensor:
-    """Mean over tokens of |y - t|² / |t|²: no token of huge norm decides alone."""
+def relative_error(y: Tensor, target: Tensor) -> Tensor:
+    """Mean over tokens of log(1 + |y - t|²/|t|²): no token decides alone.
+
+    Neither one of huge norm, nor one that the quantized model mistakes for such a token (an
+    attention sink, Sun et al. 2024), whose relative error is in the thousands.
+    """
     y, target = y.float(), target.float()
-    return ((y - target).pow(2).mean(-1) / (target.pow(2).mean(-1) + 1e-6)).mean()
+    error = (y - target).pow(2).mean(-1) / (target.pow(2).mean(-1) + 1e-6)
+    return error.log1p().mean()
 
 
 def mse_nlc(y: Tensor, target: Tensor) -> Tensor:
@@ -365,7 +388,7 @@ def mse_nlc(y: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(y, target) - torch.log(cosine.clamp(min=1e-6))
 
 
-LOSSES = {"relative": relative_mse, "mse-nlc": mse_nlc}
+LOSSES = {"relative": relative_error, "mse-nlc": mse_nlc}
 
 
 class Schedule:

@@ -382,6 +382,39 @@ def test_batches_are_equal_and_complete(rows, size, expected):
     assert torch.equal(torch.cat(list(parts)), ids)
 
 
+def test_further_segments_go_on_where_the_others_end(tmp_path, tiny_tokenizer) -> None:
+    text = "".join(chr(97 + i % 26) for i in range(60))
+    (tmp_path / "a.txt").write_text(text)
+    ids = tiny_tokenizer(text, add_special_tokens=False).input_ids
+    found, plenty = (
+        load_calibration(
+            str(tmp_path / "a.txt"),
+            tiny_tokenizer,
+            None,
+            nsamples=2,
+            seqlen=8,
+            seed=0,
+            further=more,
+        )
+        for more in (3, 99)
+    )
+    assert found.ids.flatten().tolist() == ids[:16]
+    assert found.further.flatten().tolist() == ids[16:40]
+    assert plenty.further.flatten().tolist() == ids[16 : len(ids) // 8 * 8]
+    assert found.sha256 != plenty.sha256
+    assert found.label() == "a.txt, 2 x 8 tokens, distilled on 3 more"
+
+
+def test_further_segments_are_of_given_text_only(tmp_path, tiny_model, tiny_tokenizer) -> None:
+    (tmp_path / "b.txt").write_text("b" * 100)
+    both = f"{tmp_path / 'b.txt'}+self"
+    found = load_calibration(
+        both, tiny_tokenizer, tiny_model("llama"), nsamples=2, seqlen=8, seed=0, further=4
+    )
+    assert set(found.further.flatten().tolist()) == set(tiny_tokenizer("b").input_ids)
+    assert found.further.shape == (4, 8)
+
+
 def test_sources_joined_by_plus_share_the_segments(tmp_path, tiny_model, tiny_tokenizer) -> None:
     (tmp_path / "a.txt").write_text("a" * 100)
     (tmp_path / "b.txt").write_text("b" * 100)

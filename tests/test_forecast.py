@@ -1,5 +1,7 @@
 """The arithmetic of a run's seconds, by hand."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -20,6 +22,9 @@ def test_statistics_and_distillation_by_hand():
     step = 1024 * (6 * 500 + 8 * 50)
     assert found["distillation"] == pytest.approx(7 * step / 2000 / EFFICIENCY)
     assert set(found) == {"statistics", "blocks", "distillation"}
+    text = seconds(SHAPES, 50, dataclasses.replace(config, calib="a.txt"), recipe, SPEED)
+    gap = text["distillation"] - found["distillation"]
+    assert gap == pytest.approx(7 * 1024 * 2 * 500 / 2000 / EFFICIENCY)
 
 
 def test_an_epoch_of_block_tuning_costs_a_pass_forth_and_back():

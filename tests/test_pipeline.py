@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from pbq import checkpoint, experts, linear, pipeline, planning, work
 from pbq.blocks import BlockQuantizer, Streams
 from pbq.config import QuantConfig
-from pbq.distilling import steps_of
+from pbq.distilling import last_hidden, steps_of
 from pbq.errors import (
     DataError,
     ModelError,
@@ -38,6 +38,7 @@ from pbq.errors import (
 from pbq.hf import packed_linears
 from pbq.loader import BlockLoader
 from pbq.methods import ptq161
+from pbq.models import find_blocks, run_tail
 from pbq.report import RunReport
 from pbq.shards import ShardWriter
 from pbq.tune import Distillation, held_out
@@ -713,6 +714,18 @@ def test_a_gguf_file_can_be_planned(real_gguf: Path) -> None:
     assert planned.quantized_weights == 30 * (2 * 576**2 + 2 * 576 * 192 + 3 * 576 * 1536)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_original_continues_behind_its_last_block(
+    tiny_model: Any, ids: Tensor, architecture: str
+) -> None:
+    model = tiny_model(architecture)
+    _, blocks = find_blocks(model)
+    hidden = last_hidden(model, blocks, ids)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    assert torch.allclose(run_tail(model, blocks, ids, hidden), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("lengths", "seqlen"), [([2] * 32, 1024), ([2] * 31 + [1], 256), ([3], 16)]
 )
@@ -720,7 +733,7 @@ def test_a_step_takes_a_thousand_tokens_and_never_mixes_in_held_out_rows(
     lengths: list[int], seqlen: int
 ) -> None:
     batches = [torch.zeros(rows, seqlen) for rows in lengths]
-    steps, unseen = steps_of(batches)
+    steps, unseen = steps_of(batches, held_out(len(batches)))
     assert sorted(i for step in steps for i in step) == list(range(sum(lengths)))
     assert all(len(step) * seqlen <= 1024 for step in steps)
     starts = [sum(lengths[:b]) for b in held_out(len(lengths))]

@@ -20,7 +20,7 @@ from pbq.checkpoint import read_layers
 from pbq.config import QuantConfig
 from pbq.models import find_blocks, find_linears, load_model, record_calls, run_block, weight_of
 from pbq.pipeline import quantize
-from pbq.tune import relative_mse
+from pbq.tune import relative_error
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 BLOCKS = 2
@@ -90,7 +90,7 @@ def held_out_error(model_dir: Path, text: Path, **recipe_changes: object) -> flo
             fit.quant = [run_block(block, x, call) for x in fit.quant]
             test.quant = [run_block(block, x, call) for x in test.quant]
         fit.fp = quantizer.targets
-    errors = [relative_mse(q, f) for q, f in zip(test.quant, test.fp, strict=True)]
+    errors = [relative_error(q, f) for q, f in zip(test.quant, test.fp, strict=True)]
     return float(torch.stack(errors).mean())
 
 

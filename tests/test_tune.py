@@ -22,7 +22,7 @@ from pbq.tune import (
     forward_kl,
     held_out,
     mse_nlc,
-    relative_mse,
+    relative_error,
     tune_block,
 )
 from pbq_kernels.layout import PackedWeight, Tier
@@ -273,9 +273,20 @@ def test_losses_on_examples_done_by_hand() -> None:
     # opposite directions have no logarithm: large, but finite
     assert 10 < float(mse_nlc(-target, target)) < 100
     # |y-t|² = 2 against |t|² = 25; the second token a hundred times as large counts the same
-    assert float(relative_mse(y, target)) == pytest.approx(2 / 25, rel=1e-5)
+    expected = math.log(1 + 2 / 25)
+    assert float(relative_error(y, target)) == pytest.approx(expected, rel=1e-5)
     big = torch.cat([y, 100 * y], 1), torch.cat([target, 100 * target], 1)
-    assert float(relative_mse(*big)) == pytest.approx(2 / 25, rel=1e-5)
+    assert float(relative_error(*big)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_token_mistaken_for_an_attention_sink_does_not_drown_the_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(1, 8, 16, generator=generator)
+    y = 1.1 * target
+    y[0, 3] *= 100.0
+    relative_error(y.requires_grad_(), target).backward()
+    norms = y.grad.norm(dim=-1).flatten()
+    assert float(norms[3]) < 2 * float(norms.median())
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 128])
@@ -344,7 +355,7 @@ class Toy:
 
     def loss(self, W: Tensor, gain: Tensor, rows: list[int]) -> float:
         losses = [
-            relative_mse((self.inputs[i] @ W.T) * gain.float(), self.targets[i]) for i in rows
+            relative_error((self.inputs[i] @ W.T) * gain.float(), self.targets[i]) for i in rows
         ]
         return float(torch.stack(losses).mean())
 

@@ -3,7 +3,8 @@
 Channels get planes by the damage avoided per stored bit, E[x²]·|w|², in each layer under the same
 budget. Grids have free plane scales per row, found by alternating least squares. The linears are
 rebuilt as for ptq161 (compensated GPTQ, coarse tier first, joint scales, one sweep over the
-codes); then scales, norms and signs are distilled from the original model.
+codes). Scales, norms and signs are trained twice: each block against the original block, where a
+gradient is clean enough to move many signs at once, then all together against the original model.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from pbq.allocate import LayerPlan, PlanInput, waterfill, waterfill_each
 from pbq.config import QuantConfig
 from pbq.grid import Grid, fit_planes, fit_symmetric
 from pbq.methods import refuse_options
-from pbq.tune import Distillation, Recipe
+from pbq.tune import BlockTuning, Distillation, Recipe
 from pbq_kernels.layout import Tier
 
-# Steps of distillation.
-STEPS = {"fast": 30, "default": 300, "best": 1500}
+# Passes over the calibration rows for each block, and steps of distillation.
+EPOCHS = {"fast": 0.0, "default": 2.0, "best": 6.0}
+STEPS = {"fast": 30, "default": 150, "best": 1000}
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,11 @@ class Waterfill:
         )
 
     def recipe(self, config: QuantConfig) -> Recipe:
-        fast = config.effort == "fast"
+        block = BlockTuning(epochs=EPOCHS[config.effort], lr=2e-3, norm_lr=2e-3, latent_lr=6e-2)
         return Recipe(
-            hessian_tokens=16384 if fast else 49152,
+            hessian_tokens=49152 if block.epochs else 16384,
+            batch=1,  # the number of steps counts for more than the tokens of each
+            block=block if block.epochs else None,
             distillation=Distillation(
                 steps=STEPS[config.effort], lr=5e-3, norm_lr=5e-3, latent_lr=3e-3
             ),
