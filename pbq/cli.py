@@ -56,6 +56,12 @@ SalientShare = Annotated[
 ]
 Faithful = Annotated[bool, typer.Option(help="the paper's own recipe, whatever bits it stores")]
 Percdamp = Annotated[float, typer.Option(help="damping of H, share of its mean diagonal")]
+BlockEpochs = Annotated[
+    float, typer.Option(help="passes of training each block, -1: as --effort says")
+]
+DistilSteps = Annotated[
+    int, typer.Option(help="steps of training the whole model, -1: as --effort says")
+]
 Seed = Annotated[int, typer.Option(help="sampling, shuffling, held-out rows")]
 
 
@@ -99,6 +105,8 @@ def quantize(
     criterion: Criterion = "damage",
     salient_share: SalientShare = 0.0,
     faithful: Faithful = False,
+    block_epochs: BlockEpochs = -1.0,
+    distil_steps: DistilSteps = -1,
     percdamp: Percdamp = 0.01,
     seed: Seed = 0,
     ppl: Annotated[
@@ -167,6 +175,8 @@ def plan(
     criterion: Criterion = "damage",
     salient_share: SalientShare = 0.0,
     faithful: Faithful = False,
+    block_epochs: BlockEpochs = -1.0,
+    distil_steps: DistilSteps = -1,
     calib: Calib = "self",
     memory: Memory = None,
     trust_remote_code: Trust = False,

@@ -29,6 +29,8 @@ class QuantConfig:
         paper's code) and mean-abs (its text); of pb-llm hessian and magnitude (the paper's).
     salient_share: share of salient weights, at most; 0 is as many as the bits allow.
     faithful: the paper's own recipe, whatever bits it then stores.
+    block_epochs: passes over the calibration rows that train each block; -1: as the effort says.
+    distil_steps: steps of 1,024 tokens that train all blocks together; -1: as the effort says.
     seed: of sampling, shuffling and held-out rows.
     """
 
@@ -44,6 +46,8 @@ class QuantConfig:
     criterion: str = "damage"
     salient_share: float = 0.0
     faithful: bool = False
+    block_epochs: float = -1.0
+    distil_steps: int = -1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -57,6 +61,12 @@ class QuantConfig:
             if getattr(self, name) < least:
                 option = name.replace("_", "-")
                 raise UsageError(f"--{option} {getattr(self, name)}: expected at least {least}")
+        for name in ("block_epochs", "distil_steps"):
+            if not (getattr(self, name) == -1 or 0 <= getattr(self, name) < math.inf):
+                option = name.replace("_", "-")
+                raise UsageError(
+                    f"--{option} {getattr(self, name)}: expected 0 or more, or -1 (by --effort)"
+                )
         if self.group_size != -1 and self.group_size < 8:
             raise UsageError(f"--group-size {self.group_size}: expected -1 (row) or at least 8")
         if not 0 <= self.salient_share < 1:

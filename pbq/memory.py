@@ -168,7 +168,7 @@ _WAYS_OUT = {
     "statistics": ("gradients of the whole model", "choose a --method without them"),
     "distillation": (
         "distilling the whole model",
-        "--method ptq161 works block by block in about {}",
+        "--distil-steps 0 works block by block in about {}",
     ),
 }
 

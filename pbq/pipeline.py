@@ -199,7 +199,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.model, self.blocks = self.loader.model, self.loader.blocks
-        self.recipe = self.method.recipe(self.config)
+        self.recipe = methods.recipe_of(self.method, self.config)
         self.needs = needs(
             self.model,
             self.config,

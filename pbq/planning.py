@@ -77,7 +77,7 @@ def plan(
     memory: GiB that it may take, if not all there are.
     """
     method = methods.get(config.method, config)
-    recipe = method.recipe(config)
+    recipe = methods.recipe_of(method, config)
     source, device = resolve_source(name), pick_device("auto")
     model = outline(source, trust_remote_code)
     unfuse(model)

@@ -109,7 +109,7 @@ def test_what_takes_the_whole_model_is_counted(tiny_checkpoint: Callable[[str], 
     ("stage", "message"),
     [
         ("calibration", r"sampling text.*2\.0 GiB.*1\.5 GiB may be used; give a text with --calib"),
-        ("distillation", r"--method ptq161 works block by block in about 1\.0 GiB"),
+        ("distillation", r"--distil-steps 0 works block by block in about 1\.0 GiB"),
         ("statistics", "gradients of the whole model"),
     ],
 )

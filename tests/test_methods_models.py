@@ -55,3 +55,22 @@ def test_a_model_is_quantized_and_loads(
         assert all(layout.overlay for layout in layers)
     if config.method == "db-llm":
         assert "zeros in the two planes" in report.rows()
+
+
+def test_the_training_asked_for_takes_the_place_of_the_efforts() -> None:
+    def trained(**options: object) -> tuple[float | None, int | None]:
+        config = QuantConfig(**options)  # type: ignore[arg-type]
+        recipe = methods.recipe_of(methods.get(config.method, config), config)
+        block, distillation = recipe.block, recipe.distillation
+        return block and block.epochs, distillation and distillation.steps
+
+    assert trained(block_epochs=0.5, distil_steps=7) == (0.5, 7)
+    assert trained(block_epochs=0, distil_steps=0) == (None, None)
+    assert trained(effort="fast")[0] is None
+    assert trained(effort="fast", block_epochs=1) == (1, trained(effort="fast")[1])
+    assert trained(method="ptq161") == (None, None)
+    assert trained(method="ptq161", block_epochs=3) == (3, None)
+    assert trained(method="rtn", bits=3.5, block_epochs=0, distil_steps=0) == (None, None)
+    for option in ({"block_epochs": 1.0}, {"distil_steps": 5}):
+        with pytest.raises(UsageError, match="rtn has no use for it"):
+            trained(method="rtn", bits=3.5, **option)

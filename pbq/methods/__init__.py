@@ -5,6 +5,7 @@ A method chooses tiers and grids and says how long to optimise. It sees tensors,
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import pkgutil
@@ -98,6 +99,28 @@ def names() -> list[str]:
 def at_best(config: QuantConfig, gamma: float = 0.0) -> Distillation | None:
     """Distillation of scales and norms for `--effort best`, which no paper's method has itself."""
     return Distillation(steps=400, gamma=gamma) if config.effort == "best" else None
+
+
+def recipe_of(method: Method, config: QuantConfig) -> Recipe:
+    """The method's recipe, with the training that `config` asks for instead of the effort's.
+
+    Raises UsageError when there is to be training of a kind that the method does not know.
+    """
+    found = method.recipe(config)
+    block, distillation = found.block, found.distillation
+    if config.block_epochs > 0 and block is None:
+        refuse_options(config, "block_epochs")
+    if config.distil_steps > 0 and distillation is None:
+        refuse_options(config, "distil_steps")
+    if block is not None and config.block_epochs >= 0:
+        block = dataclasses.replace(block, epochs=config.block_epochs)
+    if distillation is not None and config.distil_steps >= 0:
+        distillation = dataclasses.replace(distillation, steps=config.distil_steps)
+    return dataclasses.replace(
+        found,
+        block=block if block and block.epochs else None,
+        distillation=distillation if distillation and distillation.steps else None,
+    )
 
 
 def refuse_options(config: QuantConfig, *options: str) -> None:

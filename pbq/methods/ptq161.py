@@ -92,7 +92,7 @@ class Ptq161:
         epochs = EPOCHS[config.effort]
         return Recipe(
             hessian_tokens=16384 if config.effort == "fast" else 32768,
-            block=BlockTuning(epochs=epochs) if epochs else None,
+            block=BlockTuning(epochs=epochs),
             distillation=at_best(config),
         )
 

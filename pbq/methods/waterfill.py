@@ -52,7 +52,7 @@ class Waterfill:
         return Recipe(
             hessian_tokens=49152 if block.epochs else 16384,
             batch=1,  # the number of steps counts for more than the tokens of each
-            block=block if block.epochs else None,
+            block=block,
             distillation=Distillation(
                 steps=STEPS[config.effort], lr=5e-3, norm_lr=5e-3, latent_lr=3e-3
             ),
