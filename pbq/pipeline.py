@@ -50,7 +50,7 @@ from pbq.pack import pack
 from pbq.report import RunReport, rare_experts, write_beside
 from pbq.shards import ShardWriter
 from pbq.sources import Source, resolve_source
-from pbq.spill import Spill
+from pbq.spill import HiddenStates, Spill
 from pbq.tune import STEP_TOKENS, tunable, tune_block
 from pbq.work import Keeper, Work, check_target
 from pbq_kernels import PackedWeight
@@ -374,9 +374,11 @@ class _Run:
         recording = record_calls(self.model, self.blocks, rows, spill.states())
         streams = Streams(recording.hidden, recording.hidden)
         self.observer.stage("blocks", len(self.blocks))
+        unfinished = [i for i in range(len(self.blocks)) if not work.has(block_key(i))]
         for i, calls in enumerate(recording.calls):
             with self.report.timed("blocks"), self.loader.loaded(i) as block:
-                streams = self._block(work, block, i, calls[0], streams, plans, spill)
+                feeds = any(i < later for later in unfinished)
+                streams = self._block(work, block, i, calls[0], streams, plans, spill, feeds=feeds)
             self.observer.step(i + 1, len(self.blocks))
         finished = Finished(work, self.loader.name, len(self.blocks), self.loader.device)
         if self.recipe.distillation is not None:
@@ -438,8 +440,13 @@ class _Run:
         streams: Streams,
         plans: Mapping[str, LayerPlan],
         spill: Spill,
+        *,
+        feeds: bool,
     ) -> Streams:
-        """Quantize one block, or take it from `work`; return both streams behind it."""
+        """Quantize one block, or take it from `work`; return both streams behind it.
+
+        feeds: the quantized stream goes on, to a block that is still to be quantized.
+        """
         name, key, started = f"{self.loader.name}.{index}", block_key(index), time.monotonic()
         resumed = work.has(key)
         if resumed:
@@ -467,7 +474,8 @@ class _Run:
             if self._keeps_latents():
                 kept |= {f"latent.{n}": x.bfloat16() for n, x in done.latents.items()}
             work.save(key, {**flatten(packed), **kept}, meta)
-        behind = Streams(targets, through_block(block, streams.quant, call, spill))
+        entering = streams.quant if feeds else HiddenStates()
+        behind = Streams(targets, through_block(block, entering, call, spill))
         streams.close()
         self.report.blocks.append({"name": name, **meta})
         if not resumed:
