@@ -38,6 +38,7 @@ class LayerPlan:
     """The tiers of one layer and the tier of each of its columns, uint8 [k].
 
     overlay, overlay_bytes: how many entries are expected in it, and the bytes of their positions.
+    rank: of a product of two factors, of which the inner one has these tiers; see WeightLayout.
     """
 
     tiers: tuple[Tier, ...]
@@ -45,10 +46,18 @@ class LayerPlan:
     column_scale: bool = False
     overlay: int = 0
     overlay_bytes: int = 0
+    rank: int = 0
 
     def layout(self, n: int) -> WeightLayout:
-        k = len(self.tier_of)
-        return WeightLayout(n, k, self.tiers, self.column_scale, self.overlay, self.overlay_bytes)
+        return WeightLayout(
+            n,
+            len(self.tier_of),
+            self.tiers,
+            self.column_scale,
+            self.overlay,
+            self.overlay_bytes,
+            self.rank,
+        )
 
 
 class PlanInput:

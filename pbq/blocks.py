@@ -21,10 +21,9 @@ from pbq.allocate import LayerPlan
 from pbq.config import QuantConfig
 from pbq.errors import NumericalError
 from pbq.experts import Experts, find_experts
-from pbq.gptq import quantize_weight
-from pbq.grid import QuantizedWeight
+from pbq.grid import Quantized
 from pbq.hessian import cholesky, proxy_loss
-from pbq.methods import Method, placement
+from pbq.methods import Method, rebuild
 from pbq.models import run_block, set_weight, shared_inputs, weight_of
 from pbq.routing import Routed, shares, watch_routing
 from pbq.spill import HiddenStates
@@ -71,7 +70,7 @@ class LayerReport:
 class Reconstructed:
     """A block after GPTQ: weights, where latent weights would start, and what to report."""
 
-    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+    weights: dict[str, Quantized] = field(default_factory=dict)
     latents: dict[str, Tensor] = field(default_factory=dict)
     layers: dict[str, LayerReport] = field(default_factory=dict)
 
@@ -395,25 +394,9 @@ class BlockQuantizer:
         target, compensation = W, 0.0
         if self.recipe.compensate:
             target, compensation = compensate(W, moments, name, self.recipe.compensate_damp)
-        placed = placement(self.method, plan, target, moments.H)
-        qw, latent, damping = quantize_weight(
-            target,
-            moments.H,
-            placed.tiers,
-            placed.tier_of,
-            self.method.fit,
-            salient=placed.salient,
-            column_scale=placed.column_scale,
-            joint=self.recipe.joint,
-            percdamp=self.config.percdamp,
-            block_size=self.config.block_size,
-            sweeps=self.recipe.sweeps,
-            feedback=self.recipe.feedback,
-            natural_order=self.recipe.natural_order,
-            name=name,
+        qw, latent, damping = rebuild(
+            self.method, self.recipe, self.config, plan, target, moments.H, name
         )
-        if plan.column_scale and qw.column_scale is None:
-            qw.column_scale = torch.ones_like(W[0])  # for the tuning to move
         W_hat = qw.dequantize()
         error = proxy_loss(target, W_hat, moments.H)
         set_weight(module, W_hat)

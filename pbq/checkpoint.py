@@ -25,6 +25,7 @@ from pbq.disk import CheckpointError, check_space, checksum, read_json, reading,
 from pbq.work import Work
 from pbq_kernels.layout import (
     FORMAT_VERSION,
+    INNER,
     PackedFormatError,
     PackedWeight,
     Tier,
@@ -93,8 +94,16 @@ class LayerSummary:
             for i, t in enumerate(self.layout.tiers)
         ]
         tensors = [[name, f"{size} bytes", "", ""] for name, size in self.nbytes.items()]
-        n, k = self.layout.n, self.layout.k
-        return ["", "", "", ""], tiers + tensors, f"{self.name}: {n}x{k}, {self.bits:.4f} bits"
+        n, k, rank = self.layout.n, self.layout.k, self.layout.rank
+        product = f" as {n}x{rank} times {rank}x{k}" if rank else ""
+        title = f"{self.name}: {n}x{k}{product}, {self.bits:.4f} bits"
+        return ["", "", "", ""], tiers + tensors, title
+
+    @property
+    def columns(self) -> str:
+        """How many columns at how many bits; of a product, its rank."""
+        tiers = " + ".join(f"{t.columns} at {t.planes}" for t in self.layout.tiers)
+        return f"rank {self.layout.rank}" if self.layout.rank else tiers
 
 
 def _grid_text(tier: Tier) -> str:
@@ -134,7 +143,7 @@ class CheckpointSummary:
             [
                 layer.name,
                 f"{layer.layout.n}x{layer.layout.k}",
-                " + ".join(f"{t.columns} at {t.planes}" for t in layer.layout.tiers),
+                layer.columns,
                 f"{layer.bits:.4f}",
                 f"{layer.total_bytes:,}",
             ]
@@ -481,7 +490,7 @@ class _Contents:
         known = self.packed_names() | {f"{name}.bias" for name in self.config.biased}
         for name in sorted(self.stored.keys() - known):
             module, _, key = name.rpartition(".")
-            codes = key == "weight" and self.stored[name].dtype == "U8"
+            codes = key in ("weight", f"{INNER}weight") and self.stored[name].dtype == "U8"
             if module in self.config.layouts or codes or key in _PACKED_SUFFIXES:
                 raise CheckpointError(f"{name}: packed data that no layer of config.json lists")
 

@@ -84,9 +84,13 @@ def describe_layer(out: Path | str, name: str) -> LayerContents:
     """One layer, its scales read and checked. Raises CheckpointError."""
     summary = checkpoint.inspect(out, name)
     packed = checkpoint.read_packed(out, name)
+    found = []
+    if packed.layout.rank:
+        outer, packed = packed.factors()
+        spread = _spread(outer.tensors["scale"])
+        found.append({"tier": 0, "what": "scale of the outer factor", **spread})
     scales = expand_scales(packed.layout, packed.tensors.get("scale"))
     offsets = expand_offsets(packed.layout, packed.tensors.get("offset"))
-    found = []
     for t, tier in enumerate(packed.layout.tiers):
         # the planes of a tied tier are powers of two of its first
         for p in range(min(tier.planes, 1) if tier.tied else tier.planes):

@@ -63,6 +63,7 @@ def seconds(
     moments = sum(2 * k * k * fitted * INPUTS_PER_LINEAR for _, k in shapes.values())
     # closed form, error feedback, joint scales and a sweep over the codes: about 12 n k² a linear
     rounding = sum(12 * n * k * k + 3 * k**3 for n, k in shapes.values())
+    rounding += sum(_factoring(n, k, config.bits) for n, k in shapes.values()) * recipe.factors
     blocks = (forwards + moments) / speed.model + (moments + rounding) / speed.single
     found = {"statistics": statistics / speed.model, "blocks": blocks}
     if recipe.block is not None:
@@ -73,6 +74,12 @@ def seconds(
         step = STEP_TOKENS * (6 * weights + again + 8 * head)
         found["distillation"] = recipe.distillation.steps * step / speed.model
     return {stage: time / EFFICIENCY for stage, time in found.items()}
+
+
+def _factoring(n: int, k: int, bits: float) -> float:
+    """A step of ADMM on a product of the rank that the bits hold: two regressions."""
+    rank = bits * n * k / (n + k)
+    return 4 * n * k * rank + 4 * (n + k) * rank**2 + 2 * rank**3 / 3
 
 
 def in_words(stages: Mapping[str, float]) -> str:

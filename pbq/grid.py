@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int8, UInt8
@@ -163,6 +164,24 @@ class QuantizedWeight:
         if self.overlay is None:
             return W_hat
         return torch.where(self.overlay.mask, self.overlay.dequantize(), W_hat)
+
+
+@dataclass(eq=False)
+class Factors:
+    """A weight [n, k] as outer @ inner: [n, rank] of one plane and no column scale, [rank, k]."""
+
+    outer: QuantizedWeight
+    inner: QuantizedWeight
+
+    def layout(self) -> WeightLayout:
+        n, rank = self.outer.codes.shape
+        return replace(self.inner.layout(), n=n, rank=rank)
+
+    def dequantize(self) -> Float[Tensor, "n k"]:
+        return self.outer.dequantize() @ self.inner.dequantize()
+
+
+Quantized: TypeAlias = QuantizedWeight | Factors
 
 
 def fit_planes(

@@ -65,6 +65,22 @@ def cholesky(
     return L.to(H.dtype), damping
 
 
+def least_squares(
+    W: Float[Tensor, "n k"],
+    basis: Float[Tensor, "r k"],
+    H: Float[Tensor, "k k"] | None,
+    percdamp: float,
+    name: str = "weight",
+) -> Float[Tensor, "n r"]:
+    """X of least tr(E H Eᵀ) + damping |X|² with E = W - X basis; H: the identity if None.
+
+    The damping is that of `cholesky` for the metric basis H basisᵀ of X.
+    """
+    seen = basis if H is None else basis @ H
+    L, _ = cholesky(seen @ basis.T, percdamp, name)
+    return torch.cholesky_solve(seen @ W.T, L).T
+
+
 def _climb(
     factor: Callable[[Tensor], Tensor | None], H: Tensor, percdamp: float, name: str
 ) -> tuple[Tensor, float]:

@@ -156,9 +156,10 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         tiers = "+".join(f"{tier.planes}x{tier.columns}" for tier in self.layout.tiers)
+        rank = f", rank={self.layout.rank}" if self.layout.rank else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, planes x columns={tiers}, "
+            f"bias={self.bias is not None}, planes x columns={tiers}{rank}, "
             f"bits={self.layout.bits_per_weight:.3f}"
         )
 

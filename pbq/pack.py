@@ -1,12 +1,13 @@
-"""QuantizedWeight <-> PackedWeight, exact in both directions."""
+"""Quantized <-> PackedWeight, exact in both directions."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from pbq.grid import Overlay, QuantizedWeight, TierGrid
+from pbq.grid import Factors, Overlay, Quantized, QuantizedWeight, TierGrid
 from pbq_kernels.layout import (
+    INNER,
     PackedWeight,
     Tier,
     check_tensors,
@@ -17,12 +18,15 @@ from pbq_kernels.layout import (
 )
 
 
-def pack(qw: QuantizedWeight) -> PackedWeight:
+def pack(qw: Quantized) -> PackedWeight:
     """Lay a quantized weight out as the file holds it.
 
     Raises ValueError when a scale is not representable in float16 or a code has more bits than its
     tier, PackedFormatError when `tier_of` and `tiers` disagree.
     """
+    if isinstance(qw, Factors):
+        inner = {f"{INNER}{name}": tensor for name, tensor in pack(qw.inner).tensors.items()}
+        return PackedWeight(qw.layout(), {**pack(qw.outer).tensors, **inner})
     layout = qw.layout()
     rows = [_packed_codes(qw.codes[:, qw.columns(t)], tier) for t, tier in enumerate(qw.tiers)]
     tensors: dict[str, Tensor] = {"weight": torch.cat(rows, 1).contiguous()}
@@ -58,8 +62,15 @@ def _half(x: Tensor) -> Tensor:
     return half.contiguous()
 
 
-def unpack(pw: PackedWeight) -> QuantizedWeight:
+def unpack(pw: PackedWeight) -> Quantized:
     """Inverse of `pack`; an overlay without entries comes back as none."""
+    if pw.layout.rank:
+        outer, inner = pw.factors()
+        return Factors(_unpack(outer), _unpack(inner))
+    return _unpack(pw)
+
+
+def _unpack(pw: PackedWeight) -> QuantizedWeight:
     layout, tensors = pw.layout, pw.tensors
     n, k = layout.n, layout.k
     device = tensors["weight"].device

@@ -25,6 +25,7 @@ from pbq.disk import size_text, writing
 from pbq.evaluate import Perplexity, TokenizedText
 from pbq.linear import PackedLinear
 from pbq.sources import Source
+from pbq_kernels.layout import INNER
 
 HISTOGRAM_BINS = 160
 HISTOGRAM_RANGE = 4.0
@@ -239,7 +240,7 @@ def _bytes_of(model: Any, packed: list[PackedLinear]) -> dict[str, int]:
     sizes: Counter[str] = Counter()
     for linear in packed:
         for name, spec in linear.layout.tensors().items():
-            sizes[_PACKED_KINDS.get(name, "overlay")] += spec.nbytes
+            sizes[_PACKED_KINDS.get(name.removeprefix(INNER), "overlay")] += spec.nbytes
         if linear.bias is not None:
             sizes["biases"] += linear.bias.nbytes
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()

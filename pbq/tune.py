@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pbq.grid import Grid, QuantizedWeight, TierGrid, stored
+from pbq.grid import Factors, Grid, Quantized, QuantizedWeight, TierGrid, stored
+from pbq.hessian import least_squares
 from pbq.pack import pack, unpack
 from pbq_kernels.layout import PackedWeight, WeightLayout
 
@@ -24,6 +25,8 @@ Progress = Callable[[int, int], None]
 STEP_TOKENS = 1024
 # States along the way whose held-out loss is looked at, the last one among them.
 LOOKS = 4
+# Of the regressions that latent factors start from: a rank above n or k needs some.
+LATENT_DAMPING = 0.01
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ class Distillation(Rates):
 class Recipe:
     """How a method is reconstructed and for how long it is optimised.
 
-    feedback: GPTQ error feedback. sweeps: coordinate-descent sweeps after it. compensate: aim each
+    feedback: GPTQ error feedback. sweeps: coordinate-descent sweeps after it. factors: weights are
+    products of two, whose signs are found in so many steps of ADMM. compensate: aim each
     linear at the original output given its quantized input (blocks.compensate), damped by
     compensate_damp. natural_order: columns are rounded in their own order, as papers do, not the
     least important first; joint: whole blocks of them, see gptq.reconstruct_jointly.
@@ -86,6 +90,7 @@ class Recipe:
 
     feedback: bool = True
     sweeps: int = 1
+    factors: int = 0
     compensate: bool = True
     compensate_damp: float = 0.3
     natural_order: bool = False
@@ -300,23 +305,68 @@ class TunableWeight(nn.Module):
         return out
 
 
+class TunableFactors(nn.Module):
+    """A product whose two factors train; arguments as of TunableWeight, latent being [n, k].
+
+    Latent factors start where least squares puts one while the other stays as it is.
+    """
+
+    def __init__(
+        self,
+        qw: Factors,
+        latent: Tensor | None = None,
+        only_planes: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        *,
+        analytic: bool = False,
+    ) -> None:
+        super().__init__()
+        starts: tuple[Tensor | None, Tensor | None] = (None, None)
+        if latent is not None:
+            outer, inner = qw.outer.dequantize(), qw.inner.dequantize()
+            starts = (
+                least_squares(latent, inner, None, LATENT_DAMPING),
+                least_squares(latent.T, outer.T, None, LATENT_DAMPING).T,
+            )
+        self.outer, self.inner = (
+            TunableWeight(part, start, only_planes, dtype, analytic=analytic)
+            for part, start in zip((qw.outer, qw.inner), starts, strict=True)
+        )
+
+    def forward(self) -> Tensor:
+        """The weight [n, k], as of TunableWeight."""
+        product: Tensor = self.outer() @ self.inner()
+        return product
+
+    def freeze(self) -> Factors:
+        return Factors(self.outer.freeze(), self.inner.freeze())
+
+    def start(self) -> Factors:
+        return Factors(self.outer.start(), self.inner.start())
+
+    def groups(self, tuning: Rates) -> list[tuple[list[nn.Parameter], float]]:
+        return self.outer.groups(tuning) + self.inner.groups(tuning)
+
+
+Tunable: TypeAlias = TunableWeight | TunableFactors
+
+
 def tunable(
-    weights: Mapping[str, QuantizedWeight],
+    weights: Mapping[str, Quantized],
     latent: Callable[[str], Tensor],
     rates: Rates,
     dtype: Callable[[str], torch.dtype],
-) -> dict[str, TunableWeight]:
+) -> dict[str, Tunable]:
     """Weights as these rates train them. latent(name) [n, k]: asked only if codes are to move."""
-    return {
-        name: TunableWeight(
-            qw,
-            latent(name) if rates.latent_lr else None,
-            rates.only_planes,
-            dtype(name),
-            analytic=rates.analytic,
-        )
-        for name, qw in weights.items()
-    }
+    found: dict[str, Tunable] = {}
+    for name, qw in weights.items():
+        start = latent(name) if rates.latent_lr else None
+        arguments = start, rates.only_planes, dtype(name)
+        if isinstance(qw, Factors):
+            found[name] = TunableFactors(qw, *arguments, analytic=rates.analytic)
+        else:
+            found[name] = TunableWeight(qw, *arguments, analytic=rates.analytic)
+    return found
 
 
 def bit(codes: Tensor, plane: int) -> Tensor:
@@ -465,19 +515,17 @@ class _Training:
     best, gains: the state with the least loss so far, `after`, as it would be stored.
     """
 
-    weights: Mapping[str, TunableWeight]
+    weights: Mapping[str, Tunable]
     masters: Mapping[str, nn.Parameter]
     schedule: Schedule
-    best: dict[str, QuantizedWeight]
+    best: dict[str, Quantized]
     gains: dict[str, Tensor]
     before: float = math.nan
     after: float = math.nan
     curve: list[tuple[int, float]] = field(default_factory=list)
     step: int = 0
 
-    def look(
-        self, found: dict[str, QuantizedWeight], gains: dict[str, Tensor], loss: float
-    ) -> None:
+    def look(self, found: dict[str, Quantized], gains: dict[str, Tensor], loss: float) -> None:
         """Note the held-out loss of the present state; take it when it is the best."""
         self.curve.append((self.step, loss))
         if loss < self.after:
@@ -509,7 +557,7 @@ class _Training:
             own = weight.state_dict()
             weight.load_state_dict({key: tensors[f"weight.{name}.{key}"] for key in own})
             layout = WeightLayout.from_dict(meta["layouts"][name])
-            device = self.best[name].codes.device
+            device = next(weight.parameters()).device
             stored = {key: tensors[f"best.{name}.{key}"].to(device) for key in layout.tensors()}
             self.best[name] = unpack(PackedWeight(layout, stored))
         for name, master in self.masters.items():
@@ -529,7 +577,7 @@ def held_out(rows: int) -> list[int]:
 
 def optimise(
     loss: Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor]], Tensor],
-    weights: Mapping[str, TunableWeight],
+    weights: Mapping[str, Tunable],
     norms: Mapping[str, Tensor],
     *,
     rows: int,
@@ -539,7 +587,7 @@ def optimise(
     seed: int,
     progress: Progress | None = None,
     keep: Keep | None = None,
-) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], Tuned]:
+) -> tuple[dict[str, Quantized], dict[str, Tensor], Tuned]:
     """Train weights and norms on `loss(row, dense weights, norm gains)`; keep the better state.
 
     The rows in `unseen` are only scored; `steps` says how many steps to take over the others, in
@@ -555,7 +603,7 @@ def optimise(
     train = sorted(set(range(rows)) - set(unseen))
 
     @torch.no_grad()
-    def score(W: Mapping[str, QuantizedWeight], gains: Mapping[str, Tensor]) -> float:
+    def score(W: Mapping[str, Quantized], gains: Mapping[str, Tensor]) -> float:
         dense = {name: qw.dequantize() for name, qw in W.items()}
         return float(torch.stack([loss(i, dense, gains) for i in unseen or train]).mean())
 
@@ -598,7 +646,7 @@ RunBlock: TypeAlias = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tens
 
 def tune_block(
     run: RunBlock,
-    weights: Mapping[str, TunableWeight],
+    weights: Mapping[str, Tunable],
     norms: Mapping[str, Tensor],
     inputs: Sequence[Tensor],
     targets: Sequence[Tensor],
@@ -606,7 +654,7 @@ def tune_block(
     tuning: BlockTuning,
     seed: int,
     progress: Progress | None = None,
-) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], Tuned]:
+) -> tuple[dict[str, Quantized], dict[str, Tensor], Tuned]:
     """Train a block's scales (codes too where a latent is given) and norms, see `optimise`.
 
     inputs: hidden states behind the quantized blocks. targets: the original block on the original
@@ -639,7 +687,7 @@ Student: TypeAlias = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], int],
 def distill(
     student: Student,
     teacher: Callable[[int], Tensor],
-    weights: Mapping[str, TunableWeight],
+    weights: Mapping[str, Tunable],
     norms: Mapping[str, Tensor],
     rows: int,
     unseen: Sequence[int],
@@ -647,7 +695,7 @@ def distill(
     seed: int,
     progress: Progress | None = None,
     keep: Keep | None = None,
-) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], Tuned]:
+) -> tuple[dict[str, Quantized], dict[str, Tensor], Tuned]:
     """Train the whole model towards the original's next-token distribution, see `optimise`.
 
     teacher(row): the original model's logits on that row, [b, L, vocabulary]. unseen: rows that no

@@ -5,7 +5,7 @@ a fresh seeded model in RAM, `tiny_checkpoint(name)` a directory with it and its
 once a session: copy it before changing it), `random_packed(n, k, tiers, ...)` a PackedWeight of
 random bits. `packed_model(name)` is a tiny model with such weights in every block linear,
 `packed_checkpoint(name)` the directory it was saved to, tokenizer included (copy before changing);
-`packed_with_everything` one of a single block with every kind of tensor.
+`packed_with_everything` one of a single block with every kind of tensor and a product of factors.
 `shared_data` is the folder of real text, `real_gguf` a real small model; both skip when absent.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 # Before transformers is imported: no test may wait for a hub that cannot be reached.
@@ -30,7 +31,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pbq_kernels.layout import PackedWeight, Tier, WeightLayout, encode_overlay, pack_codes
+from pbq_kernels.layout import (
+    INNER,
+    PackedWeight,
+    Tier,
+    WeightLayout,
+    encode_overlay,
+    pack_codes,
+)
 
 # Before a test imports pbq: calls into the floor of tensors have their shapes and dtypes checked.
 CHECKED = ["grid", "hessian", "gptq", "allocate", "pack"]
@@ -182,11 +190,18 @@ def build_random_packed(
     seed: int = 0,
     column_scale: bool = False,
     overlay: float = 0.0,
+    rank: int = 0,
 ) -> PackedWeight:
     """Random bits, plausible scales, shuffled columns. A tier of -1 columns takes the rest.
 
-    overlay: share of the entries that the overlay replaces.
+    overlay: share of the entries that the overlay replaces. rank: of a product of two factors.
     """
+    if rank:
+        outer = build_random_packed(n, rank, (Tier(1, rank),), seed=seed)
+        inner = build_random_packed(rank, k, tiers, seed=seed + 1, column_scale=column_scale)
+        named = {f"{INNER}{name}": tensor for name, tensor in inner.tensors.items()}
+        layout = replace(inner.layout, n=n, rank=rank)
+        return PackedWeight(layout, {**outer.tensors, **named})
     generator = torch.Generator().manual_seed(seed)
     taken = sum(tier.columns for tier in tiers if tier.columns >= 0)
     tiers = tuple(t if t.columns >= 0 else Tier(**{**vars(t), "columns": k - taken}) for t in tiers)
@@ -220,13 +235,14 @@ def build_random_packed(
 
 @pytest.fixture(scope="session")
 def random_packed() -> Callable[..., PackedWeight]:
-    """random_packed(n, k, tiers, seed=, column_scale=, overlay=): see `build_random_packed`."""
+    """random_packed(n, k, tiers, seed=, column_scale=, ...): see `build_random_packed`."""
     return build_random_packed
 
 
 def build_packed_model(
-    architecture: str, *, overlay: float = 0.0, **changes: object
+    architecture: str, *, overlay: float = 0.0, product: str = "", **changes: object
 ) -> PreTrainedModel:
+    """product: the linear of every block that is a product of factors."""
     from pbq.experts import unfuse
     from pbq.hf import PbqConfig, install
     from pbq.models import find_blocks, find_linears, weight_of
@@ -234,21 +250,24 @@ def build_packed_model(
     model = build_tiny_model(architecture, **changes)
     unfuse(model)
     name, blocks = find_blocks(model)
-    packed = {
-        f"{name}.{linear_name}": (
-            build_random_packed(
-                *weight_of(linear).shape, seed=seed, column_scale=seed % 2 == 0, overlay=overlay
-            ),
-            linear.bias,
+    packed = {}
+    for seed, (linear_name, linear) in enumerate(find_linears(blocks).items()):
+        factored = bool(product) and linear_name.endswith(product)
+        pw = build_random_packed(
+            *weight_of(linear).shape,
+            seed=seed,
+            column_scale=seed % 2 == 0,
+            overlay=0.0 if factored else overlay,
+            rank=21 if factored else 0,
         )
-        for seed, (linear_name, linear) in enumerate(find_linears(blocks).items())
-    }
+        packed[f"{name}.{linear_name}"] = pw, linear.bias
     return install(model, packed, PbqConfig("random", 6.0, provenance={"source": architecture}))
 
 
 def write_packed(path: Path) -> None:
     """A checkpoint with every kind of tensor that the format knows, in one block."""
-    build_packed_model("llama", overlay=0.07, num_hidden_layers=1).save_pretrained(path)
+    model = build_packed_model("llama", overlay=0.07, product="o_proj", num_hidden_layers=1)
+    model.save_pretrained(path)
     build_tiny_tokenizer().save_pretrained(path)
 
 

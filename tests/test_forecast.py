@@ -36,6 +36,16 @@ def test_an_epoch_of_block_tuning_costs_a_pass_forth_and_back():
     assert "distillation" not in plain
 
 
+def test_steps_of_admm_by_hand():
+    """Of (10, 20) at 1.5 bits: rank 10, 4·200·10 + 4·30·100 + 2·1000/3; of (30, 10) rank 11.25."""
+    config = QuantConfig(nsamples=4, seqlen=100, bits=1.5)
+    plain, factored = (
+        seconds(SHAPES, 0, config, Recipe(factors=steps), SPEED)["blocks"] for steps in (0, 7)
+    )
+    step = 8000 + 12000 + 2000 / 3 + 4 * 300 * 11.25 + 4 * 40 * 11.25**2 + 2 * 11.25**3 / 3
+    assert factored - plain == pytest.approx(7 * step / 1000 / EFFICIENCY)
+
+
 def test_more_effort_takes_longer():
     found = []
     for effort in ("fast", "default", "best"):

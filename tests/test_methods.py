@@ -23,8 +23,7 @@ from pbq import methods
 from pbq.allocate import ChannelStats, LayerPlan, PlanInput, stored_bits
 from pbq.config import EFFORTS, QuantConfig
 from pbq.errors import UsageError
-from pbq.gptq import quantize_weight
-from pbq.grid import QuantizedWeight
+from pbq.grid import Quantized
 from pbq.hessian import proxy_loss
 from pbq.methods import Method, ptq161
 from pbq.pack import pack, unpack
@@ -79,29 +78,15 @@ def planned(
 
 def rebuilt(
     method: Method, config: QuantConfig, layer: Layer, plan: LayerPlan, *, quick: bool = False
-) -> QuantizedWeight:
+) -> Quantized:
     """As the pipeline does it; `quick` leaves out what does not change the stored bits."""
     recipe = method.recipe(config)
-    placed = methods.placement(method, plan, layer.W, layer.H)
-    qw, _, _ = quantize_weight(
-        layer.W,
-        layer.H,
-        placed.tiers,
-        placed.tier_of,
-        method.fit,
-        joint=recipe.joint and not quick,
-        salient=placed.salient,
-        column_scale=placed.column_scale,
-        sweeps=0 if quick else recipe.sweeps,
-        feedback=recipe.feedback and not quick,
-        natural_order=recipe.natural_order,
-    )
-    if plan.column_scale and qw.column_scale is None:
-        qw.column_scale = torch.ones_like(layer.W[0])
-    return qw
+    if quick:
+        recipe = dataclasses.replace(recipe, sweeps=0, factors=0, feedback=False, joint=False)
+    return methods.rebuild(method, recipe, config, plan, layer.W, layer.H)[0]
 
 
-def through(name: str, bits: float, layer: Layer) -> tuple[QuantizedWeight, float]:
+def through(name: str, bits: float, layer: Layer) -> tuple[Quantized, float]:
     """The quantized layer, at the least bits the method can do if `bits` are less, and its loss."""
     config = QuantConfig(method=name, bits=afforded(name, bits, {"a": layer}))
     method = methods.get(name, config)

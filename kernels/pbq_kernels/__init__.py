@@ -65,6 +65,28 @@ class ReferenceBackend:
         return reference.matmul(x, prepared)
 
 
+class InARow:
+    """A product of two factors: x goes through the inner one, then through the outer one.
+
+    In between lies [*b, rank] in x's dtype. Each factor has the backend that serves it.
+    """
+
+    def __init__(self, outer: Backend, inner: Backend) -> None:
+        self.outer, self.inner, self.name = outer, inner, outer.name
+
+    def why_not(self, layout: WeightLayout, device: torch.device) -> str | None:
+        outer, inner = layout.factors()
+        return self.outer.why_not(outer, device) or self.inner.why_not(inner, device)
+
+    def prepare(self, pw: PackedWeight) -> tuple[Any, Any]:
+        outer, inner = pw.factors()
+        return self.outer.prepare(outer), self.inner.prepare(inner)
+
+    def matmul(self, x: Tensor, prepared: tuple[Any, Any]) -> Tensor:
+        outer, inner = prepared
+        return self.outer.matmul(self.inner.matmul(x, inner), outer)
+
+
 # Fastest first; `select` takes the first that serves the layout and the device. The reference
 # serves all, so what stands behind it is only taken when asked for by name.
 BACKENDS: dict[str, Backend] = {
@@ -77,6 +99,9 @@ BACKENDS: dict[str, Backend] = {
 
 def select(layout: WeightLayout, device: torch.device, name: str = "auto") -> Backend:
     """The backend for this layout on this device. A backend asked for by name serves or raises."""
+    if layout.rank:
+        outer, inner = layout.factors()
+        return InARow(select(outer, device, name), select(inner, device, name))
     if name != "auto":
         if name not in BACKENDS:
             raise ValueError(f"unknown kernel backend {name!r}; there are {', '.join(BACKENDS)}")

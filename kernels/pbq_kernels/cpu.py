@@ -346,6 +346,8 @@ class CpuBackend:
     def why_not(self, layout: WeightLayout, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"it runs on the CPU, the weight is on {device}"
+        if layout.rank:
+            return "it multiplies with one factor at a time"
         if self._mode == _MODES["int8"] and layout.k > _MOST_INT8_COLUMNS:
             return f"its int8 sums could overflow above {_MOST_INT8_COLUMNS} columns"
         library = _library()

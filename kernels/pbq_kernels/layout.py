@@ -5,7 +5,8 @@
 with sigma in {-1, +1} stored as one bit each (1 is +1). Columns are permuted so that a tier is
 contiguous; `tier[k]` names the tier of each original column and the permutation is its stable sort.
 An optional `column_scale[k]` multiplies the original columns, and an optional overlay replaces
-single entries. This module is the contract between the quantizer and every kernel: tensors only.
+single entries. A weight may also be the product of two such matrices. This module is the contract
+between the quantizer and every kernel: tensors only.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ MAX_PLANES = 8
 # A shape beyond these is a damaged or hostile file, not a weight: refuse before allocating.
 MAX_FEATURES = 2**24
 MAX_TIERS = 64
+# The tensors of a product's inner factor are stored under the names of a plain weight behind this.
+INNER = "inner_"
 
 
 class PackedFormatError(ValueError):
@@ -93,6 +96,8 @@ class WeightLayout:
 
     n, k: out_features and in_features. tiers: in storage order.
     overlay: number of overlay entries; overlay_bytes: length of their gap stream.
+    rank: if not 0, W_hat is a product: an outer factor [n, rank] of one plane with a scale a row
+    times an inner one [rank, k], which is what tiers and column_scale describe.
     """
 
     n: int
@@ -101,6 +106,7 @@ class WeightLayout:
     column_scale: bool = False
     overlay: int = 0
     overlay_bytes: int = 0
+    rank: int = 0
 
     def __post_init__(self) -> None:
         if not (0 < self.n <= MAX_FEATURES and 0 < self.k <= MAX_FEATURES):
@@ -123,6 +129,10 @@ class WeightLayout:
                 f"layout: tiers hold {sum(t.columns for t in self.tiers)} columns, "
                 f"the weight has {self.k}"
             )
+        if not 0 <= self.rank <= MAX_FEATURES:
+            raise PackedFormatError(f"layout: impossible rank {self.rank}")
+        if self.rank and self.overlay:
+            raise PackedFormatError("layout: a product of two factors has no overlay")
         if not 0 <= self.overlay <= self.n * self.k:
             raise PackedFormatError(f"layout: {self.overlay} overlay entries in {self.n}x{self.k}")
         # A gap of up to k columns costs at most k/15 + 1 nibbles: the stream's length is bounded.
@@ -134,8 +144,16 @@ class WeightLayout:
     def row_bytes(self) -> int:
         return sum(tier.row_bytes for tier in self.tiers)
 
+    def factors(self) -> tuple[WeightLayout, WeightLayout]:
+        """Of a layout with a rank: those of the outer factor [n, rank] and the inner [rank, k]."""
+        outer = WeightLayout(self.n, self.rank, (Tier(1, self.rank),))
+        return outer, dataclasses.replace(self, n=self.rank, rank=0)
+
     def tensors(self) -> dict[str, TensorSpec]:
         """The stored tensors, by name. A tensor that would be empty is not stored."""
+        if self.rank:
+            outer, inner = self.factors()
+            return outer.tensors() | {f"{INNER}{n}": spec for n, spec in inner.tensors().items()}
         scales = sum(tier.scales for tier in self.tiers)
         offsets = sum(tier.offsets for tier in self.tiers)
         # `weight` is always stored, even with no bytes in a row: its name makes a load without
@@ -173,7 +191,7 @@ class WeightLayout:
             "tiers": [_without_defaults(tier) for tier in self.tiers],
             **{
                 name: getattr(self, name)
-                for name in ("column_scale", "overlay", "overlay_bytes")
+                for name in ("column_scale", "overlay", "overlay_bytes", "rank")
                 if getattr(self, name)
             },
         }
@@ -218,6 +236,7 @@ class PackedWeight:
     weight uint8 [n, row_bytes]; scale float16 [n, tier.scales summed], per tier [groups, planes]
     row-major; offset float16 [n, tier.offsets summed]; tier uint8 [k]; column_scale float16 [k];
     overlay_count int32 [n], overlay_gap uint8, overlay_value int8, overlay_scale float16 [n].
+    Of a product these are the tensors of the outer factor, and `inner_` before those of the inner.
     """
 
     layout: WeightLayout
@@ -234,6 +253,12 @@ class PackedWeight:
     def bits_per_weight(self) -> float:
         return self.stored_bits / (self.layout.n * self.layout.k)
 
+    def factors(self) -> tuple[PackedWeight, PackedWeight]:
+        """Of a product: the outer factor [n, rank] and the inner one [rank, k], plain weights."""
+        outer, inner = split_factors(self.tensors)
+        layouts = self.layout.factors()
+        return PackedWeight(layouts[0], outer), PackedWeight(layouts[1], inner)
+
     def permutation(self) -> Tensor:
         """int64 [k]: original column of each stored column."""
         if "tier" not in self.tensors:
@@ -242,6 +267,12 @@ class PackedWeight:
 
     def to(self, device: torch.device | str) -> PackedWeight:
         return PackedWeight(self.layout, {n: t.to(device) for n, t in self.tensors.items()})
+
+
+def split_factors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors of a product's outer and inner factor, by the names they have in a plain weight."""
+    outer = {name: tensor for name, tensor in tensors.items() if not name.startswith(INNER)}
+    return outer, {n.removeprefix(INNER): t for n, t in tensors.items() if n.startswith(INNER)}
 
 
 def check_tensors(
@@ -264,7 +295,15 @@ def check_tensors(
                 f"{prefix}{key}: {tensor.dtype} {tuple(tensor.shape)}, "
                 f"the layout says {spec.dtype} {spec.shape}"
             )
-    if not values:
+    if values:
+        _check_values(layout, tensors, prefix)
+
+
+def _check_values(layout: WeightLayout, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    if layout.rank:
+        outer, inner = split_factors(tensors)
+        _check_values(layout.factors()[0], outer, prefix)
+        _check_values(layout.factors()[1], inner, f"{prefix}{INNER}")
         return
     for key in ("scale", "offset", "column_scale", "overlay_scale"):
         if key in tensors and not torch.isfinite(tensors[key]).all():

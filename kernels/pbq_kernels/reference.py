@@ -16,6 +16,9 @@ from pbq_kernels.layout import (
 
 def dequantize(pw: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The dense weight [n, k] of `pw`: computed in float32, rounded once to `dtype`."""
+    if pw.layout.rank:
+        outer, inner = pw.factors()
+        return (dequantize(outer) @ dequantize(inner)).to(dtype)
     layout, tensors = pw.layout, pw.tensors
     scales = expand_scales(layout, tensors.get("scale"))
     offsets = expand_offsets(layout, tensors.get("offset"))

@@ -165,6 +165,8 @@ class _Field:
 
 def why_not(layout: WeightLayout) -> str | None:
     """Why these kernels cannot serve the layout, or None."""
+    if layout.rank:
+        return "they multiply with one factor at a time"
     for i, tier in enumerate(layout.tiers):
         least = FLUSHES[-1] * STEP
         if tier.groups > 1 and 2 * tier.group_size < least:

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from pbq.allocate import LayerPlan, PlanInput
 from pbq.config import QuantConfig
 from pbq.errors import UsageError
-from pbq.grid import Grid
+from pbq.gptq import quantize_weight
+from pbq.grid import Factors, Grid, Quantized
 from pbq.tune import Distillation, Recipe
 from pbq_kernels.layout import PackedWeight, Tier
 
@@ -76,6 +78,51 @@ def placement(method: Method, plan: LayerPlan, W: Tensor, H: Tensor) -> Placemen
     if isinstance(method, Places):
         return method.place(plan, W, H)
     return Placement(plan.tiers, plan.tier_of.to(W.device))
+
+
+@runtime_checkable
+class Factorizes(Protocol):
+    """A method that stores a layer as a product of two factors; its plans have a rank."""
+
+    def factorize(
+        self, plan: LayerPlan, W: Tensor, H: Tensor, recipe: Recipe, percdamp: float, name: str
+    ) -> tuple[Factors, float]:
+        """W [n, k] in the metric H, within the plan; also the damping used."""
+
+
+def rebuild(
+    method: Method,
+    recipe: Recipe,
+    config: QuantConfig,
+    plan: LayerPlan,
+    W: Tensor,
+    H: Tensor,
+    name: str = "weight",
+) -> tuple[Quantized, Tensor, float]:
+    """One linear as planned, see gptq.quantize_weight: what is stored, latent weights, damping."""
+    if isinstance(method, Factorizes):
+        factors, damping = method.factorize(plan, W, H, recipe, config.percdamp, name)
+        return factors, W, damping
+    placed = placement(method, plan, W, H)
+    qw, latent, damping = quantize_weight(
+        W,
+        H,
+        placed.tiers,
+        placed.tier_of,
+        method.fit,
+        salient=placed.salient,
+        column_scale=placed.column_scale,
+        joint=recipe.joint,
+        percdamp=config.percdamp,
+        block_size=config.block_size,
+        sweeps=recipe.sweeps,
+        feedback=recipe.feedback,
+        natural_order=recipe.natural_order,
+        name=name,
+    )
+    if plan.column_scale and qw.column_scale is None:
+        qw.column_scale = torch.ones_like(W[0])  # for the tuning to move
+    return qw, latent, damping
 
 
 @runtime_checkable

@@ -292,6 +292,11 @@ GOOD = {"n": 3, "k": 7, "tiers": [TIER]}
         ({**GOOD, "overlay": 0, "overlay_bytes": 1}, "overlay_gap of 1 bytes"),
         ({**GOOD, "overlay": 4, "overlay_bytes": 1}, "overlay_gap of 1 bytes"),
         ({**GOOD, "overlay": 4, "overlay_bytes": 10**12}, "overlay_gap of"),
+        ({**GOOD, "rank": -1}, "impossible rank -1"),
+        ({**GOOD, "rank": 10**400}, "impossible rank 1000"),
+        ({**GOOD, "rank": True}, "'rank' has type bool"),
+        ({**GOOD, "rank": "4"}, "'rank' has type str"),
+        ({**GOOD, "rank": 4, "overlay": 4, "overlay_bytes": 4}, "has no overlay"),
     ],
 )
 def test_a_hostile_description_is_refused(data: object, says: str) -> None:
