@@ -220,7 +220,10 @@ def compensate(W: Tensor, moments: Moments, name: str, percdamp: float) -> tuple
 
 @dataclass
 class BlockQuantizer:
-    """Reconstructs the linears of one block, in the order in which they run."""
+    """Reconstructs the linears of one block, in the order in which they run.
+
+    start: tensors of another block, whose weights are quantized in place of this one's.
+    """
 
     block: nn.Module
     linears: Mapping[str, nn.Module]
@@ -232,6 +235,7 @@ class BlockQuantizer:
     index: int = 0
     targets: HiddenStates = field(default_factory=HiddenStates)
     second: HiddenStates = field(default_factory=HiddenStates)
+    start: Mapping[str, Tensor] | None = None
 
     def run(self, streams: Streams, plans: Mapping[str, LayerPlan]) -> Reconstructed:
         """Quantize every linear in place (dense, rounded values) and return what was chosen.
@@ -252,6 +256,8 @@ class BlockQuantizer:
             with torch.no_grad():
                 for x in streams.quant:
                     self.second.append(run_block(self.block, x, self.call))
+        if self.start is not None:
+            self.block.load_state_dict(self.start)
         out = Reconstructed()
         for group in groups:
             mine = {f"{self.name}.{n}": bases[n] for n in group if n in bases}

@@ -55,6 +55,13 @@ SalientShare = Annotated[
     float, typer.Option(help="share of salient weights at most, 0: as many as the bits allow")
 ]
 Faithful = Annotated[bool, typer.Option(help="the paper's own recipe, whatever bits it stores")]
+Preprocess = Annotated[
+    str,
+    typer.Option(
+        help="packed checkpoint of MODEL, to be restored by LoRA and quantized in its place, as "
+        "PTQ1.61 does; needs peft"
+    ),
+]
 Percdamp = Annotated[float, typer.Option(help="damping of H, share of its mean diagonal")]
 BlockEpochs = Annotated[
     float, typer.Option(help="passes of training each block, -1: as --effort says")
@@ -107,6 +114,7 @@ def quantize(
     faithful: Faithful = False,
     block_epochs: BlockEpochs = -1.0,
     distil_steps: DistilSteps = -1,
+    preprocess: Preprocess = "",
     percdamp: Percdamp = 0.01,
     seed: Seed = 0,
     ppl: Annotated[

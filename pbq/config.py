@@ -31,6 +31,8 @@ class QuantConfig:
     faithful: the paper's own recipe, whatever bits it then stores.
     block_epochs: passes over the calibration rows that train each block; -1: as the effort says.
     distil_steps: steps of 1,024 tokens that train all blocks together; -1: as the effort says.
+    preprocess: a packed checkpoint of the same model; its weights, restored by LoRA, are quantized
+        in place of the model's own, which stays the teacher (PTQ1.61's preprocessing).
     seed: of sampling, shuffling and held-out rows.
     """
 
@@ -48,6 +50,7 @@ class QuantConfig:
     faithful: bool = False
     block_epochs: float = -1.0
     distil_steps: int = -1
+    preprocess: str = ""
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pbq import preprocessing
 from pbq.calibrate import STATISTICS_ROWS
 from pbq.config import QuantConfig
 from pbq.tune import STEP_TOKENS, Recipe
@@ -68,6 +69,10 @@ def seconds(
     found = {"statistics": statistics / speed.model, "blocks": blocks}
     if recipe.block is not None:
         found["blocks"] += 6 * weights * recipe.block.epochs * tokens / speed.model
+    if config.preprocess:
+        # the frozen weights have no gradients of their own
+        step = STEP_TOKENS * (4 * weights + 6 * head)
+        found["preprocessing"] = preprocessing.STEPS[config.effort] * step / speed.model
     if recipe.distillation is not None:
         # the original model: its head alone, on kept hidden states, but the whole on further text
         again = 0 if config.calib == "self" else 2 * weights

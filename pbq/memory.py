@@ -88,6 +88,8 @@ def needs(
             whole["calibration"] = _IMPORTS_BYTES + dense
         if gradients:
             whole["statistics"] = base + 2 * dense
+    if config.preprocess:
+        whole["preprocessing"] = base + 2 * dense + distilling_bytes(model, blocks, width)
     if recipe.distillation is not None:
         whole["distillation"] = base + dense + distilling_bytes(model, blocks, width)
     return Needs(base + resident + working, whole, states)
@@ -166,6 +168,7 @@ _WAYS_OUT = {
     "blocks": ("its largest block", "use a machine with more"),
     "calibration": ("sampling text from the whole model", "give a text with --calib FILE"),
     "statistics": ("gradients of the whole model", "choose a --method without them"),
+    "preprocessing": ("training LoRA on the whole model", "leave --preprocess out"),
     "distillation": (
         "distilling the whole model",
         "--distil-steps 0 works block by block in about {}",

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pbq import __version__, hf, methods
+from pbq import __version__, hf, methods, preprocessing
 from pbq.allocate import LayerPlan, stored_bits
 from pbq.blocks import BlockQuantizer, Reconstructed, Streams
 from pbq.blockwise import Layers, ScoredText, through_block
@@ -134,6 +134,7 @@ def quantize(
             shown.line(f"quantizing {report.coverage}")
             shown.line(run.forecast())
             calibration = run.calibration(work)
+            run.preprocess(work, calibration)
             if text is not None:
                 run.score_original(work, text)
             finished = run.quantize_blocks(work, calibration)
@@ -200,6 +201,9 @@ class _Run:
     def __post_init__(self) -> None:
         self.model, self.blocks = self.loader.model, self.loader.blocks
         self.recipe = methods.recipe_of(self.method, self.config)
+        if self.config.preprocess:
+            # aimed at the original's outputs the weights would become the original's own again
+            self.recipe = dataclasses.replace(self.recipe, compensate=False)
         self.needs = needs(
             self.model,
             self.config,
@@ -233,6 +237,7 @@ class _Run:
             "model": source.name,
             "weights": source.digest(),
             "calibration text, method file": text,
+            "preprocessed": self._start_digest(),
             "device": str(self.loader.device),
             "pbq": __version__,
             **config,
@@ -250,7 +255,15 @@ class _Run:
         dense = sum(weight_of(m).numel() * weight_of(m).element_size() for m in linears)
         latents = 2 * quantized if self._keeps_latents() else 0
         states = self.needs.states if spills(self.needs.states, self.budget) else 0
-        return int(2 * quantized * self.config.bits / 8) + everything - dense + latents + states
+        start = dense if self.config.preprocess else 0
+        return (
+            int(2 * quantized * self.config.bits / 8)
+            + everything
+            - dense
+            + latents
+            + states
+            + start
+        )
 
     def _keeps_latents(self) -> bool:
         return self.recipe.distillation is not None and self.recipe.distillation.latent_lr > 0
@@ -337,6 +350,41 @@ class _Run:
         """Where hidden states of so many tokens are kept."""
         all_of_them = self.needs.states * tokens // (self.config.nsamples * self.config.seqlen)
         return Spill(work.path if spills(all_of_them, self.budget) else None)
+
+    # --- preprocessing -------------------------------------------------------------------------
+
+    def _start_digest(self) -> str:
+        start = self.config.preprocess
+        return resolve_source(start).digest() if start else ""
+
+    def preprocess(self, work: Work, calibration: Calibration) -> None:
+        """The tensors that blocks are to start from, if not from their own, into `work`."""
+        if not self.config.preprocess:
+            return
+        keys = [_start_key(i) for i in range(len(self.blocks))]
+        if all(work.has(key) for key in [*keys, "preprocessed"]):
+            return
+        steps = preprocessing.STEPS[self.config.effort]
+        self.observer.stage("preprocessing", steps)
+        with self.report.timed("preprocessing"):
+            found = preprocessing.restored(
+                self.config.preprocess,
+                preprocessing.rows_of(calibration.ids.to(self.loader.device)),
+                self.blocks,
+                steps=steps,
+                seed=self.config.seed,
+                device=self.loader.device,
+                progress=self.observer.step,
+            )
+        for key, tensors in zip(keys, found.blocks, strict=True):
+            work.save(key, tensors, {})
+        note = f"{steps} steps of LoRA on {self.config.preprocess}"
+        loss = f"{found.before:.4f} -> {found.after:.4f} nats a held-out token"
+        work.save("preprocessed", {}, {"note": f"{note}, {loss}"})
+        self.observer.line(f"preprocessing  {note}, {loss}")
+
+    def _start(self, work: Work, index: int) -> dict[str, Tensor] | None:
+        return work.load(_start_key(index))[0] if self.config.preprocess else None
 
     # --- plan ----------------------------------------------------------------------------------
 
@@ -464,6 +512,7 @@ class _Run:
                 index,
                 spill.states(),
                 spill.states(),
+                self._start(work, index),
             )
             done = quantizer.run(streams, plans)
             targets = quantizer.targets
@@ -537,6 +586,9 @@ class _Run:
         """Pack block after block into the model, write it, and score it on the way."""
         self.report.calibration = calibration.label()
         self.report.notes = methods.notes(self.method, finished)
+        if self.config.preprocess:
+            note = work.load("preprocessed")[1]["note"]
+            self.report.notes["preprocessed, so not the model's own weights"] = note
         quantization = self._quantization_config(calibration)
         copy_norms(self.model, finished.norms_around())
         scored = None if text is None else self._scored_text(work, text)
@@ -602,6 +654,11 @@ class _Run:
                 "pbq": __version__,
             },
         )
+
+
+def _start_key(index: int) -> str:
+    """The name of what a block starts from in the work directory."""
+    return f"start-{index:05d}"
 
 
 def _block_line(name: str, meta: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ def to_yaml(about: Mapping[str, str], options: Mapping[str, Any]) -> str:
 
 
 def _absolute(name: str, value: Any) -> Any:
-    if name not in ("calib", "ppl", "method") or not Path(value).is_file():
+    if name not in ("calib", "ppl", "method", "preprocess") or not Path(value).exists():
         return value
     return str(Path(value).resolve())
 

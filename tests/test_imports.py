@@ -47,6 +47,7 @@ FLOORS: dict[str, int] = {
     "pbq.blocks": 5,
     "pbq.blockwise": 5,
     "pbq.planning": 5,
+    "pbq.preprocessing": 5,
     "pbq.pipeline": 5,
     "pbq.evaluate": 5,
     "pbq.scoring": 5,
