@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from pbq import methods
@@ -277,6 +279,47 @@ def test_packing_is_exact(name: str, shape: tuple[int, int]) -> None:
     again = pack(unpack(pw))
     assert again.layout == pw.layout
     assert all(torch.equal(t, again.tensors[n]) for n, t in pw.tensors.items())
+
+
+# a method is the fixture of every example
+PROPERTY = settings(
+    deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+DIMENSIONS = st.sampled_from([1, 2, 7, 16, 31, 40])
+
+
+@PROPERTY
+@given(
+    n=DIMENSIONS, k=DIMENSIONS.map(lambda k: k + 8), bits=st.floats(1, 6), seed=st.integers(0, 9)
+)
+def test_any_shape_is_stored_exactly_within_its_bits(
+    name: str, n: int, k: int, bits: float, seed: int
+) -> None:
+    one = layer(n, k, m=48, seed=seed)
+    bits = afforded(name, bits, {"a": one})
+    if bits > 8:
+        return
+    config = QuantConfig(method=name, bits=bits)
+    method = methods.get(name, config)
+    qw = rebuilt(method, config, one, planned(method, config, {"a": one})["a"], quick=True)
+    pw = pack(qw)
+    assert 8 * stored_bytes(pw) / (n * k) == pw.bits_per_weight <= bits
+    assert torch.equal(dequantize(pw), qw.dequantize())
+    again = pack(unpack(pw))
+    assert again.layout == pw.layout
+    assert all(torch.equal(t, again.tensors[key]) for key, t in pw.tensors.items())
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@PROPERTY
+@given(powers=st.lists(st.integers(-4, 4), min_size=9, max_size=9))
+def test_each_row_has_a_scale_of_its_own(name: str, powers: list[int]) -> None:
+    """Other methods choose columns for all rows together, or share numbers between rows."""
+    one = layer(9, 40)
+    factor = torch.exp2(torch.tensor(powers).float())[:, None]
+    once, _ = through(name, 3.4, one)
+    scaled, _ = through(name, 3.4, Layer(factor * one.W, one.X))
+    assert torch.equal(scaled.dequantize(), factor * once.dequantize())
 
 
 @pytest.mark.parametrize("bits", [1.8, 2.6])

@@ -15,7 +15,7 @@ from pbq.errors import UsageError
 from pbq.gptq import processing_order, quantize_weight, reconstruct_jointly
 from pbq.grid import QuantizedWeight, fit_planes
 from pbq.hessian import damp, inverse_cholesky, proxy_loss
-from pbq.methods.arb_llm import column_scales
+from pbq.methods.arb_llm import _groups, column_scales
 from pbq.methods.billm import Billm, bell_split, residual, salient_columns
 from pbq.pack import pack, unpack
 from pbq_kernels import Tier
@@ -224,6 +224,20 @@ def test_column_scales_are_the_best_of_their_neighbours() -> None:
             other = found.clone()
             other[j] *= factor
             assert column_error(W, other) > best
+
+
+@pytest.mark.parametrize("faithful", [False, True])
+def test_column_scales_know_the_calibration_text_unless_faithful(faithful: bool) -> None:
+    """Ours weighs columns by E[x²]; the paper's RC is of the weight alone."""
+    W, H = problem(16, 40)
+    of = method("arb-llm", faithful=faithful, bits=3.0)
+    placed = of.place(plan(of, 16, 40), W, H)
+    fed, alike = (
+        column_scales(W, weight, _groups(placed)) for weight in (H.diagonal(), torch.ones(40))
+    )
+    assert not torch.equal(fed, alike)
+    assert placed.column_scale is not None
+    assert torch.equal(placed.column_scale, alike if faithful else fed)
 
 
 @pytest.mark.parametrize("sweeps", [0, 1])

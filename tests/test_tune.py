@@ -304,6 +304,28 @@ def test_forward_kl_equals_its_definition(chunk: int) -> None:
     assert float(forward_kl(target, target)) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
+def test_ambiguous_tokens_weigh_more_by_hand(gamma: float) -> None:
+    """Deviation-aware: an undecided teacher, of entropy ln 2, and a surer one; a student of thirds.
+
+    A token's KL is ln 3 less its teacher's entropy.
+    """
+    target = torch.tensor([[[0.5, 0.5, 1e-30], [0.9, 0.05, 0.05]]]).log()
+    logits = torch.zeros(1, 2, 3, requires_grad=True)
+    entropy = [math.log(2), -0.9 * math.log(0.9) - 0.1 * math.log(0.05)]
+    weight = [h**gamma for h in entropy]
+    kl = [math.log(3) - h for h in entropy]
+    expected = sum(w * x for w, x in zip(weight, kl, strict=True)) / sum(weight)
+    found = forward_kl(logits, target, gamma=gamma)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    if gamma == 0:
+        assert found.item() == pytest.approx(sum(kl) / 2, rel=1e-5)
+    found.backward()
+    # softmax of the student less the teacher's, by the token's share of the weight
+    slope = (1 / 3 - target.exp()) * (torch.tensor(weight) / sum(weight))[None, :, None]
+    torch.testing.assert_close(logits.grad, slope, rtol=1e-4, atol=1e-6)
+
+
 # The optimiser
 
 
