@@ -13,7 +13,7 @@ from pbq.grid import Factors
 from pbq.hessian import least_squares
 from pbq.linear import PackedLinear
 from pbq.pack import pack, unpack
-from pbq.tune import Rates, TunableFactors, tunable
+from pbq.tune import Rates, TunableFactors
 from pbq_kernels import BACKENDS, PackedWeight, Tier, WeightLayout, dequant_matmul, select
 from pbq_kernels.layout import PackedFormatError, check_tensors, unpack_bits
 from pbq_kernels.reference import dequantize
@@ -183,9 +183,9 @@ def test_another_rank_than_the_tensors_have_is_refused(
 
 
 def tuned(pw: PackedWeight, target: Tensor | None) -> TunableFactors:
-    found = tunable(unpack(pw), target)
-    assert isinstance(found, TunableFactors)
-    return found
+    qw = unpack(pw)
+    assert isinstance(qw, Factors)
+    return TunableFactors(qw, target)
 
 
 def test_untrained_it_is_what_was_stored(random_packed: RandomPacked) -> None:

@@ -168,6 +168,17 @@ def test_the_papers_recipe() -> None:
     assert recipe.distillation.steps == 8 * 128 * 2 and recipe.distillation.latent_lr == 0
 
 
+def test_our_recipe_trains_as_the_paper_does_but_for_a_fast_one() -> None:
+    for effort in ("default", "best"):
+        method, config = nanoquant(effort=effort)
+        recipe = method.recipe(config)
+        assert recipe.feedback and recipe.compensate
+        assert recipe.block is not None and recipe.block.latent_lr > 0
+        assert recipe.distillation is not None and recipe.distillation.latent_lr == 0
+    method, config = nanoquant(effort="fast")
+    assert method.recipe(config).block is method.recipe(config).distillation is None
+
+
 def test_factors_of_nothing_are_nothing() -> None:
     W = torch.zeros(9, 21)
     assert torch.equal(factors(W, torch.eye(21), 8).dequantize(), W)

@@ -27,7 +27,7 @@ from pbq.config import QuantConfig
 from pbq.gptq import quantize_weight
 from pbq.grid import Factors, Grid, QuantizedWeight, TierGrid, fit_planes, stored
 from pbq.hessian import least_squares
-from pbq.methods import at_best, refuse_options
+from pbq.methods import refuse_options
 from pbq.tune import STEP_TOKENS, BlockTuning, Distillation, Recipe
 from pbq_kernels.layout import Tier, WeightLayout
 
@@ -36,7 +36,9 @@ STEP, PAPER_STEP = 8, 32
 ITERATIONS = {"fast": 20, "default": 60, "best": 200}
 PAPER_ITERATIONS = 400
 PAPER_EPOCHS = 8
-EPOCHS = {"fast": 0.0, "default": 0.0, "best": 4.0}
+# Passes over the calibration rows for each block, and steps of distilling scales and norms.
+EPOCHS = {"fast": 0.0, "default": 2.0, "best": 6.0}
+STEPS = {"fast": 0, "default": 150, "best": 1000}
 # Of the regressions in ADMM, relative to the diagonal of what they invert.
 RIDGE = 3e-2
 # How much of each E[x²] is replaced by their mean: the paper's figure, its code has 0.4.
@@ -81,12 +83,14 @@ class NanoQuant:
                 block=BlockTuning(epochs=PAPER_EPOCHS, lr=1e-4, latent_lr=1e-4, norm_lr=0),
                 distillation=Distillation(steps=steps, lr=1e-4, norm_lr=0),
             )
-        epochs = EPOCHS[config.effort]
+        fast = config.effort == "fast"
+        tuning = BlockTuning(epochs=EPOCHS[config.effort], lr=2e-3, norm_lr=2e-3, latent_lr=6e-2)
         return Recipe(
             factors=ITERATIONS[config.effort],
-            hessian_tokens=16384 if config.effort == "fast" else 32768,
-            block=BlockTuning(epochs=epochs, latent_lr=4e-3) if epochs else None,
-            distillation=at_best(config),
+            hessian_tokens=16384 if fast else 32768,
+            batch=1,
+            block=None if fast else tuning,
+            distillation=None if fast else Distillation(steps=STEPS[config.effort]),
         )
 
     def factorize(
