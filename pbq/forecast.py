@@ -63,7 +63,7 @@ def seconds(
     forwards = 2 * 2 * weights * tokens + 4 * weights * fitted
     moments = sum(2 * k * k * fitted * INPUTS_PER_LINEAR for _, k in shapes.values())
     # closed form, error feedback, joint scales and a sweep over the codes: about 12 n k² a linear
-    rounding = sum(12 * n * k * k + 3 * k**3 for n, k in shapes.values())
+    rounding: float = sum(12 * n * k * k + 3 * k**3 for n, k in shapes.values())
     rounding += sum(_factoring(n, k, config.bits) for n, k in shapes.values()) * recipe.factors
     blocks = (forwards + moments) / speed.model + (moments + rounding) / speed.single
     found = {"statistics": statistics / speed.model, "blocks": blocks}
