@@ -21,6 +21,13 @@ FILE_NAME = "recipe.yaml"
 # Of a run beside those of QuantConfig: option and the type of its value. Not --trust-remote-code: a
 # recipe that came with a model must not let the model's code run.
 RUN_OPTIONS = {"ppl": str, "windows": int, "device": str}
+# Options that may name a file or a directory, and how it is told from another value.
+_PATHS = {
+    "calib": Path.is_file,
+    "ppl": Path.is_file,
+    "method": Path.is_file,
+    "preprocess": Path.is_dir,
+}
 # Not options but what the recipe was written for.
 _ABOUT = ("model", "pbq")
 
@@ -34,9 +41,8 @@ def to_yaml(about: Mapping[str, str], options: Mapping[str, Any]) -> str:
 
 
 def _absolute(name: str, value: Any) -> Any:
-    if name not in ("calib", "ppl", "method", "preprocess") or not Path(value).exists():
-        return value
-    return str(Path(value).resolve())
+    is_path = _PATHS.get(name)
+    return str(Path(value).resolve()) if is_path and value and is_path(Path(value)) else value
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from pbq.contents import describe, describe_layer
 from pbq.grid import Factors
 from pbq.hessian import least_squares
 from pbq.linear import PackedLinear
 from pbq.pack import pack, unpack
-from pbq.tune import Rates, TunableFactors
+from pbq.tune import Rates, TunableFactors, optimise
 from pbq_kernels import BACKENDS, PackedWeight, Tier, WeightLayout, dequant_matmul, select
 from pbq_kernels.layout import PackedFormatError, check_tensors, unpack_bits
 from pbq_kernels.reference import dequantize
@@ -212,6 +215,68 @@ def test_training_moves_signs_and_scales_of_both_factors(random_packed: RandomPa
     assert after.layout == pw.layout
     assert (dequantize(after) - target).pow(2).sum() < 0.8 * before
     assert all(not torch.equal(after.tensors[name], t) for name, t in pw.tensors.items())
+
+
+class Kept:
+    """Hands out the state it was made with, and keeps that behind step `at`."""
+
+    def __init__(self, at: int, state: Any = None) -> None:
+        self.at, self.state, self.steps = at, state, 0
+
+    def load(self) -> Any:
+        return self.state
+
+    def offer(self, state: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]) -> None:
+        self.steps += 1
+        if self.steps == self.at:
+            tensors, meta = state()
+            self.state = (
+                {name: t.clone() for name, t in tensors.items()},
+                json.loads(json.dumps(meta)),
+            )
+
+
+def test_a_training_goes_on_from_what_was_kept_to_the_same_bits(
+    random_packed: RandomPacked,
+) -> None:
+    pw = random_packed(12, 20, (Tier(1, 20),), rank=8, column_scale=True)
+    target = 0.05 * torch.randn(3, 12, 20, generator=torch.Generator().manual_seed(0))
+
+    def trained(keep: Kept) -> dict[str, Tensor]:
+        found, _, _ = optimise(
+            lambda i, W, gains: (W["a"] - target[i]).pow(2).sum(),
+            {"a": tuned(pw, target.mean(0))},
+            {},
+            rows=3,
+            unseen=[2],
+            steps=lambda rows: 12,
+            rates=Rates(latent_lr=5e-2),
+            seed=0,
+            keep=keep,
+        )
+        return dict(pack(found["a"]).tensors)
+
+    first = Kept(7)
+    whole = trained(first)
+    second = Kept(0, first.state)
+    resumed = trained(second)
+    assert second.steps == 12 - 7
+    assert all(torch.equal(resumed[name], t) for name, t in whole.items())
+    assert not torch.equal(whole["inner_weight"], pw.tensors["inner_weight"])
+
+
+def test_inspecting_a_product(packed_with_everything: Path) -> None:
+    name = "model.layers.0.self_attn.o_proj"
+    found = describe_layer(packed_with_everything, name)
+    _, rows, title = found.grid()
+    assert "48x48 as 48x21 times 21x48" in title
+    assert [row[0] for row in rows][:3] == ["tier 0", "  scale of the outer factor", "tier 1"]
+    outer = next(part for part in found.scales if part["what"] == "scale of the outer factor")
+    assert outer["count"] == 48
+    inner = sum(part["count"] for part in found.scales if "plane" in part["what"])
+    assert inner == 21 * (1 + 2 + 1)  # tiers of 1, of 2 and of 4 tied planes
+    row = next(r for r in describe(packed_with_everything).grid()[1] if "o_proj" in r[0])
+    assert row[2] == "rank 21"
 
 
 @pytest.mark.parametrize("metric", [False, True])

@@ -30,9 +30,10 @@ def test_every_option_is_written_and_read_back(tmp_path: Path) -> None:
 def test_files_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wiki.txt").write_text("a")
-    text = recipes.to_yaml({}, {"calib": "wiki.txt", "ppl": "gone.txt", "device": "wiki.txt"})
-    assert yaml.safe_load(text) == {
-        "calib": str(tmp_path / "wiki.txt"), "ppl": "gone.txt", "device": "wiki.txt",
+    (tmp_path / "out").mkdir()
+    given = {"calib": "wiki.txt", "ppl": "gone.txt", "device": "wiki.txt", "preprocess": "out"}
+    assert yaml.safe_load(recipes.to_yaml({}, given)) == {
+        **given, "calib": str(tmp_path / "wiki.txt"), "preprocess": str(tmp_path / "out"),
     }  # fmt: skip
 
 

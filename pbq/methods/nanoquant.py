@@ -83,14 +83,13 @@ class NanoQuant:
                 block=BlockTuning(epochs=PAPER_EPOCHS, lr=1e-4, latent_lr=1e-4, norm_lr=0),
                 distillation=Distillation(steps=steps, lr=1e-4, norm_lr=0),
             )
-        fast = config.effort == "fast"
         tuning = BlockTuning(epochs=EPOCHS[config.effort], lr=2e-3, norm_lr=2e-3, latent_lr=6e-2)
         return Recipe(
             factors=ITERATIONS[config.effort],
-            hessian_tokens=16384 if fast else 32768,
+            hessian_tokens=16384 if config.effort == "fast" else 32768,
             batch=1,
-            block=None if fast else tuning,
-            distillation=None if fast else Distillation(steps=STEPS[config.effort]),
+            block=tuning,
+            distillation=Distillation(steps=STEPS[config.effort]),
         )
 
     def factorize(
