@@ -84,10 +84,11 @@ class Benchmark:
     def grid(self) -> tuple[list[str], list[list[str]], str]:
         """Header, a row per figure and a column per model, title. Ratios are those of the first."""
         first, second, *_ = self.speeds
-        rows = [
-            [label, f"{show(first)} ({gain(first, second):.2f}x)", *map(show, self.speeds[1:])]
-            for label, show, gain in _FIGURES
-        ]
+        rows = []
+        for label, value, shown, better in _FIGURES:
+            gain = (value(first) / value(second)) ** better
+            cells = [shown.format(value(speed)) for speed in self.speeds]
+            rows.append([label, f"{cells[0]} ({gain:.2f}x)", *cells[1:]])
         where = first.device if first.device != "cpu" else f"cpu, {first.threads} threads"
         title = (
             f"{self.settings.prompt_tokens} tokens read, {self.settings.new_tokens} written, "
@@ -96,28 +97,12 @@ class Benchmark:
         return ["", *(speed.model for speed in self.speeds)], rows, title
 
 
-_Figure = tuple[str, Callable[[Speed], str], Callable[[Speed, Speed], float]]
-_FIGURES: tuple[_Figure, ...] = (
-    (
-        "prefill, tokens/s",
-        lambda speed: f"{speed.prefill_tokens_per_s:.1f}",
-        lambda a, b: a.prefill_tokens_per_s / b.prefill_tokens_per_s,
-    ),
-    (
-        "decode, tokens/s",
-        lambda speed: f"{speed.decode_tokens_per_s:.1f}",
-        lambda a, b: a.decode_tokens_per_s / b.decode_tokens_per_s,
-    ),
-    (
-        "first token, ms",
-        lambda speed: f"{1e3 * speed.first_token_s:.0f}",
-        lambda a, b: b.first_token_s / a.first_token_s,
-    ),
-    (
-        "peak memory, MB",
-        lambda speed: f"{speed.peak_memory_bytes / 1e6:.0f}",
-        lambda a, b: b.peak_memory_bytes / a.peak_memory_bytes,
-    ),
+# label, value, its format, and 1 where more is better, -1 where less is
+_FIGURES: tuple[tuple[str, Callable[[Speed], float], str, int], ...] = (
+    ("prefill, tokens/s", lambda s: s.prefill_tokens_per_s, "{:.1f}", 1),
+    ("decode, tokens/s", lambda s: s.decode_tokens_per_s, "{:.1f}", 1),
+    ("first token, ms", lambda s: 1e3 * s.first_token_s, "{:.0f}", -1),
+    ("peak memory, MB", lambda s: s.peak_memory_bytes / 1e6, "{:.0f}", -1),
 )
 
 

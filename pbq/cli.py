@@ -17,12 +17,22 @@ from pbq import cli_bench, cli_compare, cli_finetune, cli_share, cli_use
 from pbq.cli_options import (
     Activations,
     AsJson,
+    Baseline,
+    Calib,
     Device,
+    Effort,
+    Fresh,
     Memory,
     Model,
+    NSamples,
+    Overwrite,
     Packed,
     Quiet,
+    Seed,
+    SeqLen,
+    Texts,
     Trust,
+    Window,
     short_name,
 )
 from pbq.console import Console, hush_libraries, resumable, run_guarded
@@ -40,12 +50,6 @@ app = typer.Typer(
 
 Method = Annotated[str, typer.Option(help="auto, one that pbq lists, or a .py file of your own")]
 Bits = Annotated[float, typer.Option(help="stored bits per weight, masks and scales included")]
-Effort = Annotated[str, typer.Option(help="fast | default | best")]
-Calib = Annotated[
-    str, typer.Option(help="text or jsonl file, datasets id name[:config[:split]], self; or A+B")
-]
-NSamples = Annotated[int, typer.Option(help="calibration segments")]
-SeqLen = Annotated[int, typer.Option(help="tokens in a segment")]
 GroupSize = Annotated[int, typer.Option(help="columns per group of scales, -1: the row")]
 Criterion = Annotated[
     str,
@@ -69,7 +73,6 @@ BlockEpochs = Annotated[
 DistilSteps = Annotated[
     int, typer.Option(help="steps of training the whole model, -1: as --effort says")
 ]
-Seed = Annotated[int, typer.Option(help="sampling, shuffling, held-out rows")]
 
 
 def _chosen(context: typer.Context, recipe: Path | None = None) -> dict[str, Any]:
@@ -128,10 +131,8 @@ def quantize(
     ] = None,
     device: Device = "auto",
     memory: Memory = None,
-    overwrite: Annotated[bool, typer.Option(help="replace OUT, at the very end")] = False,
-    fresh: Annotated[
-        bool, typer.Option(help="discard an unfinished run instead of resuming")
-    ] = False,
+    overwrite: Overwrite = False,
+    fresh: Fresh = False,
     dry_run: Annotated[
         bool, typer.Option(help="only say what would be stored (= pbq plan)")
     ] = False,
@@ -218,15 +219,12 @@ def _print_plan(
 )
 def evaluate(
     model: Model,
-    ppl: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option(help="text file for perplexity; may be given several times"),
-    ] = None,
+    ppl: Texts = None,
     windows: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(help="at most so many windows of the text; default: all of it"),
     ] = None,
-    window: Annotated[int, typer.Option(help="tokens in a window")] = 2048,
+    window: Window = 2048,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma separated")] = "",
     data_dir: Annotated[
         Optional[Path],  # noqa: UP045
@@ -237,10 +235,7 @@ def evaluate(
         Optional[int],  # noqa: UP045
         typer.Option(help="examples in the prompt of each item; default: the task's own"),
     ] = None,
-    baseline: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="a second model, scored beside it (the unquantized one)"),
-    ] = None,
+    baseline: Baseline = None,
     batch_size: Annotated[int, typer.Option(help="items at once in lm-eval")] = 8,
     activations: Activations = "exact",
     device: Device = "auto",

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from pbq.cli_options import Activations, AsJson, Device, Model, Quiet, Trust
+from pbq.cli_options import Activations, AsJson, Baseline, Device, Model, Quiet, Trust
 from pbq.console import Console, hush_libraries
 
 app = typer.Typer()
@@ -17,12 +17,7 @@ app = typer.Typer()
 @app.command(epilog="Example: pbq bench out --baseline ./model --new-tokens 128")
 def bench(
     out: Model,
-    baseline: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            help="model to compare with, run in bf16; default: random weights, same shapes"
-        ),
-    ] = None,
+    baseline: Baseline = None,
     gguf: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="a .gguf file to run beside them by llama.cpp, if that is installed"),
@@ -40,7 +35,10 @@ def bench(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Tokens a second, time to the first token and peak memory, against the same model in bf16."""
+    """Tokens a second, time to the first token and peak memory, against the same model in bf16.
+
+    Without --baseline that is random weights of the same shapes, which are as fast.
+    """
     hush_libraries()
     from pbq.benchmark import Settings, compare
 

@@ -8,7 +8,21 @@ from typing import Annotated, Optional
 
 import typer
 
-from pbq.cli_options import AsJson, Device, Model, Quiet, Trust, short_name
+from pbq.cli_options import (
+    AsJson,
+    Calib,
+    Device,
+    Effort,
+    Model,
+    NSamples,
+    Quiet,
+    Seed,
+    SeqLen,
+    Texts,
+    Trust,
+    Window,
+    short_name,
+)
 from pbq.console import Console, hush_libraries
 from pbq.errors import UsageError
 
@@ -25,10 +39,7 @@ def compare(
         Optional[Path],  # noqa: UP045
         typer.Argument(help="holds a directory for every run; default: ./NAME-compare"),
     ] = None,
-    ppl: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option(help="text file for perplexity; may be given several times"),
-    ] = None,
+    ppl: Texts = None,
     methods: Annotated[
         str,
         typer.Option(
@@ -39,13 +50,13 @@ def compare(
     faithful: Annotated[
         bool, typer.Option(help="also the papers' own recipes, at the bits they truly store")
     ] = False,
-    effort: Annotated[str, typer.Option(help="fast | default | best")] = "default",
-    calib: Annotated[str, typer.Option(help="as of pbq quantize")] = "self",
-    nsamples: Annotated[int, typer.Option(help="calibration segments")] = 64,
-    seqlen: Annotated[int, typer.Option(help="tokens in a segment")] = 1024,
-    seed: Annotated[int, typer.Option(help="sampling, shuffling, held-out rows")] = 0,
+    effort: Effort = "default",
+    calib: Calib = "self",
+    nsamples: NSamples = 64,
+    seqlen: SeqLen = 1024,
+    seed: Seed = 0,
     windows: Annotated[int, typer.Option(help="at most so many windows of each text")] = 40,
-    window: Annotated[int, typer.Option(help="tokens in a window")] = 2048,
+    window: Window = 2048,
     device: Device = "auto",
     trust_remote_code: Trust = False,
     as_json: AsJson = False,

@@ -9,7 +9,20 @@ from typing import Annotated, Optional
 
 import typer
 
-from pbq.cli_options import AsJson, Device, Memory, Packed, Quiet, Trust
+from pbq.cli_options import (
+    AsJson,
+    Calib,
+    Device,
+    Fresh,
+    Memory,
+    NSamples,
+    Overwrite,
+    Packed,
+    Quiet,
+    Seed,
+    SeqLen,
+    Trust,
+)
 from pbq.console import Console, hush_libraries, resumable
 
 app = typer.Typer()
@@ -31,18 +44,14 @@ def finetune(
         Optional[str],  # noqa: UP045
         typer.Option(help="the original model; default: where OUT says it came from"),
     ] = None,
-    calib: Annotated[
-        str, typer.Option(help="text file, .jsonl, datasets id, self, or several joined by +")
-    ] = "self",
-    nsamples: Annotated[int, typer.Option(help="segments of text")] = 64,
-    seqlen: Annotated[int, typer.Option(help="tokens in a segment")] = 1024,
-    seed: Annotated[int, typer.Option(help="sampling, shuffling, held-out rows")] = 0,
+    calib: Calib = "self",
+    nsamples: NSamples = 64,
+    seqlen: SeqLen = 1024,
+    seed: Seed = 0,
     device: Device = "auto",
     memory: Memory = None,
-    overwrite: Annotated[bool, typer.Option(help="replace NEW, at the very end")] = False,
-    fresh: Annotated[
-        bool, typer.Option(help="discard an unfinished run instead of resuming")
-    ] = False,
+    overwrite: Overwrite = False,
+    fresh: Fresh = False,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
     quiet: Quiet = False,

@@ -17,6 +17,24 @@ Memory = Annotated[
     typer.Option(help="GiB of memory that the run may take; default: what is free"),
 ]
 Trust = Annotated[bool, typer.Option(help="run code that comes with the model")]
+Overwrite = Annotated[bool, typer.Option(help="replace what is there, at the very end")]
+Fresh = Annotated[bool, typer.Option(help="discard an unfinished run instead of resuming")]
+Baseline = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="model to compare with: the unquantized one, say"),
+]
+Effort = Annotated[str, typer.Option(help="fast | default | best")]
+Calib = Annotated[
+    str, typer.Option(help="text or jsonl file, datasets id name[:config[:split]], self; or A+B")
+]
+NSamples = Annotated[int, typer.Option(help="calibration segments")]
+SeqLen = Annotated[int, typer.Option(help="tokens in a segment")]
+Seed = Annotated[int, typer.Option(help="sampling, shuffling, held-out rows")]
+Texts = Annotated[
+    Optional[list[Path]],  # noqa: UP045
+    typer.Option(help="text file for perplexity; may be given several times"),
+]
+Window = Annotated[int, typer.Option(help="tokens in a window")]
 
 
 def _choose_kernels(value: str) -> str:

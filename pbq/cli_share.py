@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pbq.cli_options import AsJson, Packed, Quiet, Trust
 from pbq.console import Console, hush_libraries
+
+if TYPE_CHECKING:
+    from pbq.export import Exported
+    from pbq.gguf_export import GgufFile
 
 app = typer.Typer()
 
@@ -22,22 +26,39 @@ def report(out: Packed) -> None:
     print(html_report.write(out))
 
 
-@app.command(epilog="Example: pbq export out dense")
+@app.command(epilog="Example: pbq export out dense, or pbq export out out.gguf --dtype q8_0")
 def export(
     out: Packed,
-    dense: Annotated[Path, typer.Argument(help="directory that will be written")],
+    dense: Annotated[Path, typer.Argument(help="directory, or .gguf file, that will be written")],
     dtype: Annotated[
-        str, typer.Option(help="bfloat16 | float16 | float32, which is exact")
+        str,
+        typer.Option(
+            help="bfloat16 | float16 | float32, which is exact; for .gguf also a block type, as "
+            "q8_0, or smallest: of every layer the smallest within --max-error"
+        ),
     ] = "bfloat16",
+    max_error: Annotated[
+        float, typer.Option(help="relative error of a layer that a .gguf may have")
+    ] = 0.01,
     trust_remote_code: Trust = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a plain checkpoint with the same values, which loads without pbq."""
+    """Write a plain checkpoint with the same values, which loads without pbq, or a .gguf file."""
     hush_libraries(quiet=quiet)
-    from pbq.export import export
+    if dense.suffix == ".gguf":
+        from pbq.gguf_export import export_gguf
 
-    done = export(out, dense, dtype, trust_remote_code=trust_remote_code)
-    if not quiet:
+        done: Exported | GgufFile = export_gguf(
+            out, dense, dtype, max_error=max_error, trust_remote_code=trust_remote_code
+        )
+    else:
+        from pbq.export import export
+
+        done = export(out, dense, dtype, trust_remote_code=trust_remote_code)
+    if as_json:
+        print(json.dumps(done.to_dict()))
+    elif not quiet:
         Console().table(done.rows(), title=str(dense))
 
 

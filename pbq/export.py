@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +28,9 @@ class Exported:
     def rows(self) -> dict[str, str]:
         return {"values": self.dtype, "weights": size_text(self.nbytes)}
 
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "dense": str(self.dense)}
+
 
 def export(
     out: Path | str,
@@ -43,7 +47,9 @@ def export(
     """
     out, dense = Path(out), Path(dense)
     if dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+        raise UsageError(
+            f"--dtype {dtype}: expected one of {', '.join(DTYPES)}; others are for FILE.gguf"
+        )
     if dense.exists():
         raise UsageError(f"{dense} exists; choose another directory or remove it")
     target = getattr(torch, dtype)

@@ -62,6 +62,7 @@ FLOORS: dict[str, int] = {
     "pbq.distilling": 5,
     "pbq.finetune": 5,
     "pbq.export": 5,
+    "pbq.gguf_export": 5,
     "pbq.benchmark": 5,
     "pbq.publish": 5,
     "pbq.generation": 5,
