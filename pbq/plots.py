@@ -68,7 +68,8 @@ def draw_all(report: Report) -> dict[str, str]:
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
-        drawn = {draw.__name__: draw(report) for draw in (bits, errors, tuning, levels)}
+        figures = (bits, errors, tuning, distillation, levels)
+        drawn = {draw.__name__: draw(report) for draw in figures}
     return {name: svg for name, svg in drawn.items() if svg is not None}
 
 
@@ -175,6 +176,21 @@ def tuning(report: Report) -> str | None:
     axes.set_ylabel("loss on held-out rows")
     axes.legend(ncols=2, loc="upper left")
     return _svg(figure, "Loss of every block before and after tuning")
+
+
+def distillation(report: Report) -> str | None:
+    """Divergence from the original model while the packed one was trained towards it."""
+    found = report.get("distillation")
+    if not found or not found.get("curve"):
+        return None
+    figure, axes = _figure(2.2)
+    axes.grid(axis="y")
+    steps, losses = zip((0, found["before"]), *found["curve"], strict=True)
+    axes.plot(steps, losses, color=_ACCENT, marker="o", markersize=3)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("step")
+    axes.set_ylabel("KL, held-out text")
+    return _svg(figure, "Divergence from the original model during distillation")
 
 
 def levels(report: Report) -> str | None:

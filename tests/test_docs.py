@@ -8,10 +8,12 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from pbq.cli import app
 from pbq.console import run_guarded
@@ -22,14 +24,37 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SMALL = ["--nsamples", "2", "--seqlen", "16", "--effort", "fast"]
 
 
+# Shell lines that are not run here, by how they begin, and why.
+NOT_RUN = {
+    "make quickstart": "ten minutes and a real model: tests/test_real.py runs its parts",
+    "make test": "this is it",
+    "python -c": "a server: transformers' own, which needs packages that pbq does not ask for",
+    "curl": "needs that server",
+    "transformers chat": "needs that server",
+}
+# Options left out when a command is run here, and why.
+LEFT_OUT = {"--tasks": "their data may not be there; tests/test_evaluate.py has some of its own"}
+
+
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
+def shell_lines(page: Path) -> list[list[str]]:
+    """Words of every command in the page's shell blocks, comments left out."""
+    found = []
+    for block in blocks(page, "sh"):
+        lines = iter(block.splitlines())
+        for line in lines:
+            while line.count("'") % 2:  # a string that goes on in the next line
+                line += "\n" + next(lines)
+            found.append(shlex.split(line, comments=True))
+    return found
+
+
 def commands(page: Path) -> list[list[str]]:
-    """Words of every `pbq` command in the page's shell blocks, comments left out."""
-    lines = [line for block in blocks(page, "sh") for line in block.splitlines()]
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("pbq ")]
+    """Words after `pbq` of every such command."""
+    return [words[1:] for words in shell_lines(page) if words[0] == "pbq"]
 
 
 WITH_COMMANDS = [page for page in PAGES if commands(page)]
@@ -69,10 +94,11 @@ def folder(
 
 
 def on_a_tiny_model(words: list[str]) -> list[str]:
-    """The same command, smaller, and without tasks, whose data may not be there."""
-    if "--tasks" in words:
-        at = words.index("--tasks")
-        words = words[:at] + words[at + 2 :]
+    """The same command, smaller, and without the options that are left out."""
+    for option in LEFT_OUT:
+        if option in words:
+            at = words.index(option)
+            words = words[:at] + words[at + 2 :]
     words = ["4" if before == "--bits" else word for before, word in zip(["", *words], words)]  # noqa: B905
     if words[0] == "quantize" and "--recipe" not in words:
         words += SMALL
@@ -97,10 +123,48 @@ def test_commands_run(
         assert run_guarded(app) == 0, f"{words}: {capsys.readouterr().err}"
 
 
+def test_every_shell_line_is_run_or_has_a_reason_not_to_be() -> None:
+    others = [" ".join(w) for page in PAGES for w in shell_lines(page) if w[0] != "pbq"]
+    assert all(any(line.startswith(begin) for begin in NOT_RUN) for line in others), others
+    assert all(any(line.startswith(begin) for line in others) for begin in NOT_RUN)
+
+
+def test_every_block_is_of_a_language_that_is_tested() -> None:
+    fences = [line for page in PAGES for line in re.findall(r"^```(.*)$", page.read_text(), re.M)]
+    assert set(fences) == {"", "sh", "python"} and fences.count("") == len(fences) / 2
+
+
+INLINE = [
+    (page.name, shlex.split(code))
+    for page in PAGES
+    for code in re.findall(r"`((?:pbq|make|python) [^`]+)`", page.read_text())
+]
+
+
+@pytest.mark.parametrize(("page", "words"), INLINE, ids=lambda value: " ".join(value)[:40])
+def test_commands_in_a_sentence_exist(page: str, words: list[str]) -> None:
+    """Those are not run: what they name is there."""
+    program, first, *rest = words
+    if program == "make":
+        assert re.search(rf"^{first}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif program == "python":
+        module = rest[0] if first == "-m" else None
+        assert find_spec(module) if module else (ROOT / first).is_file()
+    elif first not in ("--install-completion", "--show-completion", "COMMAND"):
+        command = typer.main.get_group(app).commands[first]
+        known = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
+        assert {word for word in rest if word.startswith("--")} <= known
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_parses(page: Path) -> None:
+def test_python_runs(page: Path, folder: Callable[[], Path]) -> None:
+    """As written, but for a run of a second."""
     for block in blocks(page, "python"):
-        compile(block, page.name, "exec")
+        here = folder()
+        if "pbq.quantize(" in block:
+            shutil.rmtree(here / "OUT")
+        small = 'bits=4.0, effort="fast", nsamples=2, seqlen=16, '
+        exec(compile(block.replace("bits=1.61, ", small), page.name, "exec"), {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -66,6 +66,7 @@ def report() -> dict[str, Any]:
         samples=[{"prompt": "It was", "text": " night", "before": " late",
                   "after": "<script>alert(1)</script>"}],
         seconds={"load": 0.25, "blocks": 61.5},
+        distillation={"before": 1.2, "after": 0.8, "curve": [[75, 0.9], [150, 0.8]]},
         notes={"overlay": "2.5 % of the weights"},
         peak_bytes=3 * 2**30,
     )  # fmt: skip
@@ -117,7 +118,7 @@ def test_a_page_tells_everything_that_was_measured(report: dict[str, Any]) -> No
     ):
         assert said.replace(" ", "") in words.replace(" ", ""), said
     figures = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
-    assert len(figures) == 4 and all(figures)
+    assert len(figures) == 5 and all(figures)
 
 
 def test_a_page_is_one_file_that_runs_nothing(report: dict[str, Any]) -> None:
@@ -141,7 +142,7 @@ def test_a_page_is_one_file_that_runs_nothing(report: dict[str, Any]) -> None:
 def test_what_a_figure_shows_is_what_was_measured(report: dict[str, Any]) -> None:
     """Read back from the markup: a mark per tier, per layer, per cell, per block."""
     drawn = plots.draw_all(report)
-    assert list(drawn) == ["bits", "errors", "tuning", "levels"]
+    assert list(drawn) == ["bits", "errors", "tuning", "distillation", "levels"]
     assert drawn["bits"].count("var(--planes-") - drawn["bits"].count("opacity: 0.75") == 0
     for planes in (0, 1, 4):
         assert drawn["bits"].count(f"var(--planes-{planes})") == 6
@@ -150,6 +151,8 @@ def test_what_a_figure_shows_is_what_was_measured(report: dict[str, Any]) -> Non
     # errors of blocks 0, 1, 2 are 1, 2, 3: lightest, between, darkest
     assert cells.count("var(--heat-1)") == cells.count("var(--heat-9)") == 2
     assert drawn["levels"].count("var(--quiet)") == 3
+    # a mark before the first step, and one each time that it was looked at
+    assert drawn["distillation"].count("fill: var(--accent)") == 3
 
 
 def test_a_run_without_extras_still_has_a_page(report: dict[str, Any]) -> None:
