@@ -26,7 +26,7 @@ def report(out: Packed) -> None:
     print(html_report.write(out))
 
 
-@app.command(epilog="Example: pbq export out dense, or pbq export out out.gguf --dtype q8_0")
+@app.command(epilog="Example: pbq export out dense && pbq export out out.gguf --dtype q8_0")
 def export(
     out: Packed,
     dense: Annotated[Path, typer.Argument(help="directory, or .gguf file, that will be written")],

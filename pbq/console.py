@@ -27,6 +27,8 @@ from rich.text import Text
 from pbq.errors import PbqError, ResourceError
 
 INTERRUPTED = 130
+# Commands that go on where they stopped.
+_RESUMABLE = {"quantize", "finetune", "compare"}
 # Of a table in a file or a pipe: no terminal's width, so that no name is folded.
 _UNFOLDED = 1000
 
@@ -99,8 +101,9 @@ class Console:
         self.close()
         lines: dict[str, Any] = {} if self._out.is_terminal else {"box": None, "pad_edge": False}
         # Text, here and below: what a file says of itself is no markup
-        named = Text(title) if title else None
-        table = Table(title=named, show_header=header, title_justify="left", **lines)
+        if title:  # not the table's own, which would fold it to the table's width
+            self._out.print(Text(title, style="italic"), soft_wrap=True)
+        table = Table(show_header=header, **lines)
         for i, name in enumerate(header_row):
             table.add_column(
                 Text(name), justify="right" if header and i else "left", overflow="fold"
@@ -198,8 +201,9 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _interrupted() -> int:
-    resumes = f"; the same command resumes: {_command()}" if "quantize" in sys.argv[1:3] else ""
-    return _refuse(f"interrupted{resumes}", INTERRUPTED)
+    resumes = not _RESUMABLE.isdisjoint(sys.argv[1:3])
+    way_on = f"; the same command resumes: {_command()}" if resumes else ""
+    return _refuse(f"interrupted{way_on}", INTERRUPTED)
 
 
 def _command() -> str:

@@ -209,6 +209,19 @@ def test_the_examples_are_commands_that_parse(invoke: Invoke, monkeypatch: Any) 
     assert len(seen) == len(COMMANDS)
 
 
+@pytest.mark.parametrize(
+    ("typed", "offered"), [("pbq qua", "quantize"), ("pbq export --max", "--max-error")]
+)
+def test_a_shell_completes_commands_and_options(
+    typed: str, offered: str, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As bash asks, after --install-completion."""
+    monkeypatch.setenv("_PBQ_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(typed.count(" ")))
+    assert invoke()[:2] == (0, f"{offered}\n")
+
+
 def test_version(invoke: Invoke) -> None:
     code, out, err = invoke("--version")
     assert (code, out, err) == (0, f"pbq {pbq.__version__}\n", "")
@@ -767,6 +780,13 @@ def test_ctrl_c_exits_with_130_and_names_the_command_that_resumes(
     assert f"'{new}'" in err  # quoted for the shell
     code, _, err = invoke(*words)
     assert code == 0 and "model.layers" not in err and new.exists()
+    for module, words in (
+        (finetune, ["finetune", new, tmp_path / "better"]),
+        (compare, ["compare", source, "--ppl", text, "--methods", "rtn"]),
+    ):
+        monkeypatch.setattr(module, words[0], raising(KeyboardInterrupt()))
+        code, _, err = invoke(*words)
+        assert code == 130 and f"the same command resumes: pbq {words[0]} " in refusal(err)
     # of the other commands there is nothing to resume
     monkeypatch.setattr(scoring, "score_models", raising(KeyboardInterrupt()))
     code, _, err = invoke("eval", new, "--ppl", text)
