@@ -23,10 +23,11 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	TOKENIZERS_PARALLELISM=false $(RUN) -m pytest -m slow
 
-# Kills, refusing disks, torn files and mutated checkpoints: minutes, into docs/reliability.md's table.
+# Kills, refusing disks, torn files, several processes, mutated checkpoints, every architecture:
+# minutes, into docs/reliability.md's tables.
 reliability: $(VENV)/.dev
-	$(RUN) tests/reliability --kills 24 --refusals 40 --tears 15 --mutations 12000 \
-		--json bench/results/reliability.json
+	$(RUN) tests/reliability --kills 24 --refusals 40 --tears 15 --processes 6 --mutations 12000 \
+		--architectures --json bench/results/reliability.json
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

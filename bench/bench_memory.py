@@ -1,12 +1,13 @@
-"""Peak memory of quantizing, by block size, number of layers and number of samples.
+"""What a run takes beside what `pbq plan` says: memory, disk, time; by size of block, layers, text.
 
-    python bench/bench_memory.py                # everything, about ten minutes on two cores
-    python bench/bench_memory.py --layers 16    # one row
+    python bench/bench_memory.py            # everything, about six minutes
+    python bench/bench_memory.py --row 3    # one row, printed only
 
 The models are synthetic: random weights of a llama's shapes, a small vocabulary, bfloat16. Every
-run is a process of its own; its peak is the kernel's VmHWM, beside what `pbq plan` estimates. With
-`--memory` hidden states go to the disk as soon as they would take an eighth of it. Rows go into
-bench/results/memory.json.
+run is a process of its own with one thread: its peak is the kernel's VmHWM, its disk the largest
+size seen of OUT and OUT.partial together, its time that of the processor, the forecast's too, so
+that other work on the machine counts in neither. Rows go into bench/results/memory.json and the
+table of docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -19,38 +20,75 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results" / "memory.json"
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results" / "memory.json"
 SEQLEN = 128
-MEMORY_GIB = 1.0
-# What a row changes of the first one.
+# What the run may take; hidden states go to the disk when they would take an eighth of it.
+PLENTY_GIB, LITTLE_GIB = 64.0, 0.75
 ROWS = [
-    {"layers": 8, "width": 1024, "nsamples": 64},
-    {"layers": 16, "width": 1024, "nsamples": 64},
-    {"layers": 32, "width": 1024, "nsamples": 64},
-    {"layers": 8, "width": 512, "nsamples": 64},
-    {"layers": 8, "width": 2048, "nsamples": 64},
-    {"layers": 8, "width": 1024, "nsamples": 1024},
-    {"layers": 8, "width": 1024, "nsamples": 4096},
+    {"layers": layers, "width": width, "nsamples": nsamples, "memory_gib": memory}
+    for layers, width, nsamples, memory in (
+        # by number of layers
+        (4, 512, 4, PLENTY_GIB),
+        (16, 512, 4, PLENTY_GIB),
+        (48, 512, 4, PLENTY_GIB),
+        # by size of the block
+        (2, 256, 4, PLENTY_GIB),
+        (2, 512, 4, PLENTY_GIB),
+        (2, 1024, 4, PLENTY_GIB),
+        # by calibration text: in memory, on the disk, twice as much
+        (2, 256, 256, LITTLE_GIB),
+        (2, 256, 512, LITTLE_GIB),
+        (2, 256, 1024, LITTLE_GIB),
+    )
 ]
 QUANTIZE = """
-import json, re, sys, time
+import json, re, sys, threading, time
+from pathlib import Path
 from pbq import planning
 from pbq.config import QuantConfig
 from pbq.pipeline import quantize
-source, out, options, memory = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), float(sys.argv[4])
-config = QuantConfig(**options)
-started = time.monotonic()
-quantize(source, out, config, memory=memory)
-seconds = time.monotonic() - started
+
+source, out, options, memory = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4]
+config, memory, largest, ended = QuantConfig(**options), float(memory), 0, threading.Event()
+
+def held():
+    \"\"\"Bytes of all files below OUT and OUT.partial; one may go while it is looked at.\"\"\"
+    total = 0
+    for folder in (out, out.with_name(out.name + ".partial")):
+        for file in folder.rglob("*"):
+            try:
+                total += file.stat().st_size
+            except FileNotFoundError:
+                pass
+    return total
+
+def watch():
+    global largest
+    while not ended.wait(0.2):
+        largest = max(largest, held())
+
+time.perf_counter = time.process_time  # of the forecast
+planned = planning.plan(source, config, memory=memory)
+watcher = threading.Thread(target=watch)
+watcher.start()
+started = time.process_time()
+try:
+    quantize(source, out, config, memory=memory)
+finally:
+    ended.set()
+    watcher.join()
 # not ru_maxrss: a child inherits its parent's across fork and exec
 peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())
-planned = planning.plan(source, config, memory=memory)
 print(json.dumps({
     "peak_bytes": int(peak[1]) * 1024,
-    "planned_bytes": planned.memory_bytes,
-    "seconds": round(seconds, 1),
+    "planned_peak_bytes": planned.memory_bytes,
+    "disk_bytes": largest,
+    "planned_disk_bytes": planned.disk_bytes,
+    "seconds": round(time.process_time() - started, 1),
+    "planned_seconds": round(sum(planned.seconds.values()), 1),
 }))
 """
 
@@ -111,7 +149,7 @@ def write_text(path: Path, tokens: int) -> None:
     path.write_text(" ".join(drawn)[: tokens + 1])
 
 
-def measure(row: dict[str, int], method: str) -> dict[str, object]:
+def measure(row: dict[str, Any], method: str) -> dict[str, Any]:
     """Quantize a model of the row's sizes in a process of its own."""
     with tempfile.TemporaryDirectory() as scratch:
         folder, text = Path(scratch) / "model", Path(scratch) / "text.txt"
@@ -128,31 +166,61 @@ def measure(row: dict[str, int], method: str) -> dict[str, object]:
         }
         command = [sys.executable, "-c", QUANTIZE, str(folder), str(Path(scratch) / "out")]
         ran = subprocess.run(
-            [*command, json.dumps(options), str(MEMORY_GIB * max(1, row["width"] // 1024))],
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+            [*command, json.dumps(options), str(row["memory_gib"])],
+            env={
+                **os.environ,
+                "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+                "OMP_NUM_THREADS": "1",
+            },
             capture_output=True,
             text=True,
             check=False,
         )
     if ran.returncode:
         sys.exit(ran.stderr)
-    found = json.loads(ran.stdout.splitlines()[-1])
-    return {**row, "method": method, "model_bytes": size, **found}
+    return {**row, "model_bytes": size, **json.loads(ran.stdout.splitlines()[-1])}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as docs/reliability.md has them."""
+    names = ["layers", "width", "samples", "model"]
+    names += ["memory", "planned", "disk", "planned", "seconds", "planned"]
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    for row in rows:
+        sizes = [
+            f"{row[name] / 2**20:.0f} MiB"
+            for name in (
+                "model_bytes",
+                "peak_bytes",
+                "planned_peak_bytes",
+                "disk_bytes",
+                "planned_disk_bytes",
+            )
+        ]
+        times = [f"{row[name]:.0f}" for name in ("seconds", "planned_seconds")]
+        shape = [f"{row[name]:,}" for name in ("layers", "width", "nsamples")]
+        lines.append("| " + " | ".join([*shape, *sizes, *times]) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", default="ptq161")
-    for name in ("layers", "width", "nsamples"):
-        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--row", type=int, choices=range(len(ROWS)))
     given = parser.parse_args()
-    one = {n: getattr(given, n) for n in ("layers", "width", "nsamples") if getattr(given, n)}
-    rows = [measure(row, given.method) for row in ([{**ROWS[0], **one}] if one else ROWS)]
-    for row in rows:
-        mib = {n: int(row[f"{n}_bytes"]) // 2**20 for n in ("model", "peak", "planned")}  # type: ignore[call-overload]
-        print({**{n: row[n] for n in ("layers", "width", "nsamples", "seconds")}, **mib})
-    if not one:
-        about = {"machine": platform.platform(), "seqlen": SEQLEN, "memory_gib": MEMORY_GIB}
+    chosen = ROWS if given.row is None else [ROWS[given.row]]
+    rows = []
+    for row in chosen:
+        rows.append(measure(row, given.method))
+        print(rows[-1], file=sys.stderr, flush=True)
+    print(table(rows))
+    if given.row is None:
+        about = {
+            "command": "make bench-memory",
+            "machine": platform.platform(),
+            "method": given.method,
+            "seqlen": SEQLEN,
+        }
         RESULTS.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
 

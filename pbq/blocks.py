@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pbq import ranks
 from pbq.allocate import LayerPlan
 from pbq.config import QuantConfig
 from pbq.errors import NumericalError
@@ -25,8 +26,8 @@ from pbq.grid import Quantized
 from pbq.hessian import cholesky, proxy_loss
 from pbq.methods import Method, rebuild
 from pbq.models import run_block, set_weight, shared_inputs, weight_of
-from pbq.routing import Routed, shares, watch_routing
-from pbq.spill import HiddenStates
+from pbq.routing import Routed, Share, shares, watch_routing
+from pbq.spill import HiddenStates, Spill
 from pbq.tune import Recipe, held_out
 
 # Tokens of an expert that are worked on at once.
@@ -64,6 +65,15 @@ class LayerReport:
     tokens: int = 0
     borrowed: int = 0
     dead: int = 0
+
+
+@dataclass
+class Rounded:
+    """One linear after GPTQ."""
+
+    weight: Quantized
+    latent: Tensor
+    report: LayerReport
 
 
 @dataclass
@@ -175,33 +185,40 @@ class Moments:
 
 
 class _Sums:
-    """Moments while they are summed up, batch by batch."""
+    """Moments while they are summed up, batch by batch; in float64, as ranks.sum_up wants them."""
 
-    def __init__(self, k: int, device: torch.device) -> None:
-        self.H, self.cross = (torch.zeros(k, k, device=device) for _ in range(2))
-        self.residual: dict[str, Tensor] = {}
-        self.weight, self.tokens = 0.0, 0
+    def __init__(self, k: int, rows: Mapping[str, int], device: torch.device) -> None:
+        """rows: n of each residual linear."""
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self.H, self.cross = zeros(k, k), zeros(k, k)
+        self.residual = {name: zeros(n, k) for name, n in rows.items()}
+        # of the weights of all tokens, and their number
+        self.total = zeros(2)
 
     def add(self, x_f: Tensor, x_q: Tensor, w: Tensor, gaps: Mapping[str, Tensor]) -> None:
         """x_f, x_q [tokens, k] in the model's dtype, w [tokens], gaps: r_f - r_q [tokens, n]."""
         x = x_q.float()
         weighted = x * w[:, None]
-        self.H.addmm_(weighted.T, x)
+        self.H += weighted.T @ x
         # the gaps may be multiplied in the model's own dtype: unlike H nothing inverts them
         own = weighted.to(x_q.dtype)
         self.cross += (x_f.float() - x).to(own.dtype).T @ own
         for name, gap in gaps.items():
-            self.residual[name] = self.residual.get(name, 0) + (gap.to(own.dtype).T @ own).float()
-        self.weight += float(w.sum())
-        self.tokens += len(x)
+            self.residual[name] += gap.to(own.dtype).T @ own
+        self.total += torch.stack([w.sum(), w.new_tensor(len(x))])
+
+    def over_ranks(self) -> _Sums:
+        ranks.sum_up(self.H, self.cross, *self.residual.values(), self.total)
+        return self
 
     def mean(self, name: str) -> Moments:
         """Raises NumericalError when a sum is not finite though its inputs are."""
         if not all(torch.isfinite(m).all() for m in (self.H, self.cross, *self.residual.values())):
             raise NumericalError(f"{name}: its inputs are too large to be squared in float32")
-        total = self.weight
-        residual = {n: r / total for n, r in self.residual.items()}
-        return Moments(self.H / total, self.cross / total, residual, self.tokens)
+        weight, tokens = self.total.tolist()
+        H, cross = (m.div_(weight).float() for m in (self.H, self.cross))
+        residual = {n: m.div_(weight).float() for n, m in self.residual.items()}
+        return Moments(H, cross, residual, int(tokens))
 
 
 def compensate(W: Tensor, moments: Moments, name: str, percdamp: float) -> tuple[Tensor, float]:
@@ -233,15 +250,18 @@ class BlockQuantizer:
     config: QuantConfig
     name: str
     index: int = 0
-    targets: HiddenStates = field(default_factory=HiddenStates)
-    second: HiddenStates = field(default_factory=HiddenStates)
+    spill: Spill = field(default_factory=Spill)
     start: Mapping[str, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self.targets, self.second = HiddenStates(), HiddenStates()
 
     def run(self, streams: Streams, plans: Mapping[str, LayerPlan]) -> Reconstructed:
         """Quantize every linear in place (dense, rounded values) and return what was chosen.
 
         Fills `targets`, the original block's outputs on the original inputs, one per batch, and
-        `second`, those on the quantized inputs, where the recipe's loss wants them.
+        `second`, those on the quantized inputs, where the recipe's loss wants them. Every rank runs
+        some of the batches and quantizes some of the linears; all get everything.
         """
         experts = find_experts(self.block)
         inside = tuple(f"{name}." for name in experts)
@@ -254,18 +274,20 @@ class BlockQuantizer:
         originals, routed = self._original_pass(streams.fp, chosen, wanted, list(experts))
         if self.recipe.block is not None and self.recipe.block.dual:
             with torch.no_grad():
-                for x in streams.quant:
-                    self.second.append(run_block(self.block, x, self.call))
+                x_q = streams.quant
+                self.second = self.spill.filled(
+                    x_q, lambda i: run_block(self.block, x_q[i], self.call)
+                )
         if self.start is not None:
             self.block.load_state_dict(self.start)
         out = Reconstructed()
         for group in groups:
             mine = {f"{self.name}.{n}": bases[n] for n in group if n in bases}
             moments = self._moments(group[0], mine, streams, chosen, originals)
-            for linear in group:
-                self._quantize(linear, moments, plans, out)
+            own = group[ranks.rank() :: ranks.count()]
+            self._gather(group, {n: self._quantize(n, moments, plans) for n in own}, out)
         for name in experts:
-            originals_in = [routed[i][name] for i in chosen]
+            originals_in = {i: seen[name] for i, seen in routed.items()}
             self._experts(name, originals_in, streams, chosen, plans, out)
         return out
 
@@ -290,15 +312,22 @@ class BlockQuantizer:
         names: Sequence[str],
         experts: Sequence[str],
     ) -> tuple[dict[int, dict[str, Tensor]], dict[int, dict[str, Routed]]]:
-        """Run the block as it came: fill `targets`, keep the named inputs of the chosen batches."""
+        """Run the block as it came: fill `targets`, keep the named inputs of the chosen batches.
+
+        Of the batches of this rank, that is.
+        """
         kept: dict[int, dict[str, Tensor]] = {}
         routed: dict[int, dict[str, Routed]] = {}
-        for i, x in enumerate(hidden):
-            watched = (names, experts) if i in chosen else ([], [])
+
+        def run(i: int) -> Tensor:
+            x, watched = hidden[i], (names, experts) if i in chosen else ([], [])
             with watch(self.block, watched[0]) as seen, watch_routing(self.block, watched[1]) as to:
-                self.targets.append(run_block(self.block, x, self.call))
+                y = run_block(self.block, x, self.call)
             if i in chosen:
                 kept[i], routed[i] = {**seen, "": x}, to
+            return y
+
+        self.targets = self.spill.filled(hidden, run)
         return kept, routed
 
     @torch.no_grad()
@@ -311,8 +340,9 @@ class BlockQuantizer:
         originals: Mapping[int, Mapping[str, Tensor]],
     ) -> Moments:
         """Moments of the input that `first` (and its group) sees behind all that is quantized."""
-        sums = _Sums(weight_of(self.linears[first]).shape[1], streams.fp[0].device)
-        for i in chosen:
+        rows = {n: len(self._weight(n.removeprefix(f"{self.name}."))) for n in bases}
+        sums = _Sums(self._weight(first).shape[1], rows, streams.fp[0].device)
+        for i in (i for i in chosen if i in originals):
             names = [first, *(b for b in bases.values() if b)]
             with watch(self.block, names, stop_at=first) as seen, suppress(_Stop):
                 run_block(self.block, streams.quant[i], self.call)
@@ -322,7 +352,10 @@ class BlockQuantizer:
             self._check_finite(f".{first}: non-finite inputs", i, *inputs)
             x_f, x_q = _flat(originals[i][first]), _flat(seen[first])
             sums.add(x_f, x_q, self._token_weights(i), gaps)
-        return sums.mean(f"{self.name}.{first}")
+        return sums.over_ranks().mean(f"{self.name}.{first}")
+
+    def _weight(self, linear: str) -> Tensor:
+        return weight_of(self.linears[linear])
 
     def _token_weights(self, i: int) -> Tensor:
         """How much the error of each token of batch i counts, float32 [tokens]."""
@@ -349,7 +382,7 @@ class BlockQuantizer:
     def _experts(
         self,
         name: str,
-        originals: Sequence[Routed],
+        originals: Mapping[int, Routed],
         streams: Streams,
         chosen: Sequence[int],
         plans: Mapping[str, LayerPlan],
@@ -358,45 +391,70 @@ class BlockQuantizer:
         """Quantize the named experts one by one, each on its tokens as the original routes them.
 
         What is quantized on the way does not change what reaches the experts: one pass serves all.
+        originals: of the batches of this rank.
         """
         experts = self.block.get_submodule(name)
         assert isinstance(experts, Experts)
-        quantized = []
-        for i, original in zip(chosen, originals, strict=True):
+        quantized = {}
+        for i, original in originals.items():
             with watch(self.block, [name], stop_at=name) as seen, suppress(_Stop):
                 run_block(self.block, streams.quant[i], self.call)
             self._check_finite(f".{name}: non-finite inputs", i, original.x, seen[name])
-            quantized.append(seen[name])
-        x_f, x_q = torch.cat([original.x for original in originals]), torch.cat(quantized)
+            quantized[i] = seen[name]
+        by_batch, x_of = ranks.merged(dict(originals)), ranks.merged(quantized)
+        routed = [by_batch[i] for i in chosen]
+        x_f, x_q = torch.cat([r.x for r in routed]), torch.cat([x_of[i] for i in chosen])
         w = torch.cat([self._token_weights(i) for i in chosen])
-        inside = (self.linears[f"{name}.0.{linear}"] for linear in ("gate_up", "down"))
-        least = max(weight_of(linear).shape[1] for linear in inside)
-        for e, share in enumerate(shares(originals, len(experts), least)):
-            weight = w[share.tokens] * (share.weight if self.recipe.compensate else 1)
-            f, q = x_f[share.tokens], x_q[share.tokens]
-            gated = partial(experts.gated, e)
-            gated_f = _in_parts(gated, f)  # of the original: gate_up is not rounded yet
-            part = f"{name}.{e}"
-            moments = self._expert_moments(f"{part}.gate_up", f, q, weight, share.borrowed)
-            self._quantize(f"{part}.gate_up", moments, plans, out)
-            gated_q = _in_parts(gated, q)
-            moments = self._expert_moments(f"{part}.down", gated_f, gated_q, weight, share.borrowed)
-            self._quantize(f"{part}.down", moments, plans, out)
+        linears = ("gate_up", "down")
+        least = max(self._weight(f"{name}.0.{linear}").shape[1] for linear in linears)
+        found = shares(routed, len(experts), least)
+        for start in range(0, len(experts), ranks.count()):
+            these = range(start, min(start + ranks.count(), len(experts)))
+            own: dict[str, Rounded] = {}
+            for e in these[ranks.rank() :][:1]:
+                own = self._expert(name, e, found[e], x_f, x_q, w, plans)
+            self._gather([f"{name}.{e}.{linear}" for e in these for linear in linears], own, out)
+
+    def _expert(
+        self,
+        name: str,
+        e: int,
+        share: Share,
+        x_f: Tensor,
+        x_q: Tensor,
+        w: Tensor,
+        plans: Mapping[str, LayerPlan],
+    ) -> dict[str, Rounded]:
+        """Quantize both linears of expert e of `name` on its share of the tokens."""
+        experts, gate_up, down = (
+            self.block.get_submodule(name),
+            f"{name}.{e}.gate_up",
+            f"{name}.{e}.down",
+        )
+        assert isinstance(experts, Experts)
+        weight = w[share.tokens] * (share.weight if self.recipe.compensate else 1)
+        f, q = x_f[share.tokens], x_q[share.tokens]
+        gated = partial(experts.gated, e)
+        gated_f = _in_parts(gated, f)  # of the original: gate_up is not rounded yet
+        moments = self._expert_moments(gate_up, f, q, weight, share.borrowed)
+        own = {gate_up: self._quantize(gate_up, moments, plans)}
+        gated_q = _in_parts(gated, q)
+        moments = self._expert_moments(down, gated_f, gated_q, weight, share.borrowed)
+        return own | {down: self._quantize(down, moments, plans)}
 
     def _expert_moments(
         self, linear: str, x_f: Tensor, x_q: Tensor, w: Tensor, borrowed: int
     ) -> Moments:
-        sums = _Sums(x_q.shape[1], x_q.device)
+        sums = _Sums(x_q.shape[1], {}, x_q.device)
         for f, q, weight in zip(*(x.split(_PART) for x in (x_f, x_q, w)), strict=True):
             sums.add(f, q, weight, {})
         return replace(sums.mean(f"{self.name}.{linear}"), borrowed=borrowed)
 
     @torch.no_grad()
-    def _quantize(
-        self, linear: str, moments: Moments, plans: Mapping[str, LayerPlan], out: Reconstructed
-    ) -> None:
-        name, module = f"{self.name}.{linear}", self.linears[linear]
-        plan, W = plans[name], weight_of(module).float()
+    def _quantize(self, linear: str, moments: Moments, plans: Mapping[str, LayerPlan]) -> Rounded:
+        """In place (dense, rounded values), and what was chosen."""
+        name = f"{self.name}.{linear}"
+        plan, W = plans[name], self._weight(linear).float()
         target, compensation = W, 0.0
         if self.recipe.compensate:
             target, compensation = compensate(W, moments, name, self.recipe.compensate_damp)
@@ -405,9 +463,8 @@ class BlockQuantizer:
         )
         W_hat = qw.dequantize()
         error = proxy_loss(target, W_hat, moments.H)
-        set_weight(module, W_hat)
-        out.weights[linear], out.latents[linear] = qw, latent
-        out.layers[linear] = LayerReport(
+        set_weight(self.linears[linear], W_hat)
+        report = LayerReport(
             bits=qw.layout().bits_per_weight,
             error=error,
             damping=damping,
@@ -416,6 +473,17 @@ class BlockQuantizer:
             borrowed=moments.borrowed,
             dead=int((moments.H.diagonal() == 0).sum()),
         )
+        return Rounded(qw, latent, report)
+
+    def _gather(self, linears: Sequence[str], own: dict[str, Rounded], out: Reconstructed) -> None:
+        """Put what all ranks have made of `linears` in place, and into `out`; own: of this one."""
+        everyones = ranks.merged(own)
+        for linear in linears:
+            done = everyones[linear]
+            if linear not in own:
+                set_weight(self.linears[linear], done.weight.dequantize())
+            out.weights[linear], out.latents[linear] = done.weight, done.latent
+            out.layers[linear] = done.report
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -22,10 +22,7 @@ Progress = Callable[[int, int], None]
 @torch.no_grad()
 def through_block(block: nn.Module, hidden: HiddenStates, call: Call, spill: Spill) -> HiddenStates:
     """What the block makes of every batch of `hidden`, which stays as it is."""
-    out = spill.states()
-    for x in hidden:
-        out.append(run_block(block, x, call))
-    return out
+    return spill.filled(hidden, lambda i: run_block(block, hidden[i], call))
 
 
 class Layers:

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pbq import ranks
 from pbq.allocate import ChannelStats
 from pbq.errors import DataError, NumericalError
 from pbq.experts import borrowing
+from pbq.models import weight_of
 
 Progress = Callable[[int, int], None]
 # Calibration segments that the channel statistics are taken from, evenly spread.
@@ -246,23 +248,22 @@ def channel_stats(
     device, done = next(model.parameters()).device, 0
     try:
         with torch.set_grad_enabled(gradients), borrowing(model):
-            for rows in batches(ids.to(device), batch):
+            every = batches(ids.to(device), batch)
+            for rows in (every[i] for i in ranks.mine(len(every))):
                 if gradients:
                     model(rows, use_cache=False, labels=rows).loss.backward()
                 else:  # the head is a fifth of a small model's work, and no block needs it
                     model.base_model(rows, use_cache=False)
                 done += len(rows)
                 if progress:
-                    progress(done, len(ids))
+                    progress(done * ranks.count(), len(ids))
     finally:
         hook.remove()
         for tap in taps.values():
             tap.remove()
         for parameter in trainable:
             parameter.requires_grad_(True)
-    for name, tap in taps.items():  # first: one bad input spoils the gradients of all layers
-        tap.check_inputs(name, ids)
-    return {name: tap.stats(name) for name, tap in taps.items()}
+    return _checked(taps, ids, ranks.mine(len(every)).start * len(every[0]))
 
 
 def input_stats(
@@ -279,7 +280,15 @@ def input_stats(
     finally:
         for tap in taps.values():
             tap.remove()
-    for name, tap in taps.items():
+    return _checked(taps, ids, 0 if ids is None else ranks.mine(len(ids)).start)
+
+
+def _checked(
+    taps: Mapping[str, _Tap], ids: Tensor | None, first_row: int
+) -> dict[str, ChannelStats]:
+    """The statistics over the rows of all ranks, of which `first_row` is this rank's first."""
+    for name, tap in taps.items():  # first: one bad input spoils the gradients of all layers
+        tap.sum_over_ranks(0 if ids is None else first_row * ids.shape[1])
         tap.check_inputs(name, ids)
     return {name: tap.stats(name) for name, tap in taps.items()}
 
@@ -288,44 +297,50 @@ class _Tap:
     """Running statistics of one linear's inputs and output gradients."""
 
     def __init__(self, module: nn.Module, gradients: bool) -> None:
+        W = weight_of(module)
+        # [x², |x|] summed over the tokens, in float64 as ranks.sum_up wants it
+        self.sums = torch.zeros(2, W.shape[1], dtype=torch.float64, device=W.device)
+        self.x_max = torch.zeros(W.shape[1], device=W.device)
+        self.g_sq = torch.zeros(W.shape[0], dtype=torch.float64, device=W.device)
         self.tokens = 0
         self.bad: int | None = None  # the first token that is not finite
-        self.x_sq: Tensor | None = None
-        self.x_abs: Tensor | None = None
-        self.x_max: Tensor | None = None
-        self.g_sq: Tensor | None = None
+        self._gradients = gradients
         self._handles = [module.register_forward_pre_hook(self._input)]
         if gradients:
             self._handles.append(module.register_forward_hook(self._output))
 
     def _input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0].detach().flatten(0, -2).float().abs()
-        sq, total, largest = x.pow(2).sum(0), x.sum(0), x.amax(0)
+        sq = x.pow(2).sum(0)
         if self.bad is None and not torch.isfinite(sq).all():
             fine = torch.isfinite(x.pow(2)).all(1)
             self.bad = self.tokens + int(fine.int().argmin())
         self.tokens += len(x)
-        if self.x_sq is None or self.x_abs is None or self.x_max is None:
-            self.x_sq, self.x_abs, self.x_max = sq, total, largest
-        else:
-            self.x_sq, self.x_abs = self.x_sq + sq, self.x_abs + total
-            self.x_max = torch.maximum(self.x_max, largest)
+        self.sums += torch.stack([sq, x.sum(0)])
+        self.x_max = torch.maximum(self.x_max, x.amax(0))
 
     def _output(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        out.register_hook(self._gradient)
-        if self.g_sq is None:  # and so it stays for an expert that no token was routed to
-            self.g_sq = torch.zeros(out.shape[-1], device=out.device)
+        out.register_hook(self._gradient)  # not called for an expert that no token was routed to
 
     def _gradient(self, g: Tensor) -> None:
-        assert self.g_sq is not None
-        self.g_sq = self.g_sq + g.flatten(0, -2).float().pow(2).sum(0)
+        self.g_sq += g.flatten(0, -2).float().pow(2).sum(0)
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
 
+    def sum_over_ranks(self, first_token: int) -> None:
+        """first_token: of this rank's, in the whole text."""
+        device, none = self.sums.device, torch.iinfo(torch.int64).max
+        tokens = torch.tensor(self.tokens, dtype=torch.float64, device=device)
+        ranks.sum_up(self.sums, self.g_sq, tokens)
+        bad = none if self.bad is None else first_token + self.bad
+        bad = -int(ranks.largest_of(torch.tensor(-bad, device=device)))
+        self.bad = None if bad == none else bad
+        self.x_max, self.tokens = ranks.largest_of(self.x_max), int(tokens)
+
     def check_inputs(self, name: str, ids: Tensor | None) -> None:
-        if self.x_sq is None:
+        if not self.tokens:
             raise NumericalError(f"{name}: no calibration token reached this layer")
         if self.bad is None:
             return
@@ -336,11 +351,11 @@ class _Tap:
         raise NumericalError(said)
 
     def stats(self, name: str) -> ChannelStats:
-        assert self.x_sq is not None and self.x_abs is not None and self.x_max is not None
-        if self.g_sq is not None and not torch.isfinite(self.g_sq).all():
+        if not torch.isfinite(self.g_sq).all():
             raise NumericalError(f"{name}: non-finite gradients on the calibration text")
-        g_sq = None if self.g_sq is None else self.g_sq / self.tokens
-        return ChannelStats(self.x_sq / self.tokens, self.x_max, self.x_abs / self.tokens, g_sq)
+        g_sq = (self.g_sq / self.tokens).float() if self._gradients else None
+        x_sq, x_abs = (self.sums / self.tokens).float()
+        return ChannelStats(x_sq, self.x_max, x_abs, g_sq)
 
 
 def batches(ids: Tensor, size: int) -> Sequence[Tensor]:

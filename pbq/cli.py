@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from contextlib import closing
@@ -87,6 +88,11 @@ def _chosen(context: typer.Context, recipe: Path | None = None) -> dict[str, Any
     return chosen
 
 
+def _speaks() -> bool:
+    """Of several processes that torchrun started (pbq.ranks), the first prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _config(chosen: Mapping[str, Any]) -> QuantConfig:
     from pbq.config import QuantConfig
 
@@ -143,6 +149,7 @@ def quantize(
     """Quantize MODEL into OUT; an interrupted run resumes with the same command."""
     chosen = _chosen(context, recipe)
     config = _config(chosen)
+    quiet = quiet or not _speaks()
     console = Console(quiet=quiet)
     if dry_run:
         _print_plan(console, model, config, trust_remote_code, as_json, memory)
@@ -165,7 +172,7 @@ def quantize(
             memory=memory,
             observer=console,
         )
-    if as_json:
+    if as_json and _speaks():
         print(json.dumps(result.to_dict()))
     elif not quiet:
         console.table({**result.rows(), "report": target / "report.html"}, title=f"{target}")

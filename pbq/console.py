@@ -189,6 +189,12 @@ def _explained(error: Exception) -> tuple[str, int] | None:
 
 
 def _refuse(message: str, code: int) -> int:
+    """Tell it; of several processes (pbq.ranks), one does."""
+    if "RANK" in os.environ:
+        from pbq import ranks
+
+        if not ranks.is_speaker():
+            return code
     with contextlib.suppress(OSError):
         print(f"pbq: {message}", file=sys.stderr)
     return code
@@ -208,4 +214,6 @@ def _interrupted() -> int:
 
 def _command() -> str:
     """What was typed, quoted for a shell."""
-    return shlex.join(["pbq", *sys.argv[1:]])
+    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    start = ["torchrun", "--nproc_per_node", processes, "-m", "pbq"] if processes else ["pbq"]
+    return shlex.join([*start, *sys.argv[1:]])

@@ -134,14 +134,18 @@ def spills(state_bytes: int, budget: int | None) -> bool:
     return budget is not None and state_bytes > budget // _SHARE_OF_STATES
 
 
-def budget(gib: float | None, device: torch.device) -> int:
-    """Bytes that the run may take, what the process has already included; None: what there is."""
+def budget(gib: float | None, device: torch.device, processes: int = 1) -> int:
+    """Bytes that this process may take, what it has already included; None: its share of the rest.
+
+    processes: how many share the memory of this machine; of GPUs each has its own.
+    """
     if gib is not None:
         return int(gib * 2**30)
     if device.type == "cuda":
         return _IMPORTS_BYTES + torch.cuda.mem_get_info(device)[0]
     held = psutil.Process().memory_info().rss
-    return held + min(psutil.virtual_memory().available, _left_in_control_group())
+    free = min(psutil.virtual_memory().available, _left_in_control_group())
+    return held + free // processes
 
 
 def _left_in_control_group() -> int:

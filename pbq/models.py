@@ -49,6 +49,7 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model in eval mode and tokenizer of a hub id, a local directory or a .gguf file.
 
+    device: "auto" spreads it over all GPUs and, where these are too small, the CPU's memory.
     packed: accept a checkpoint that pbq packed; any other quantized one is refused. Raises
     ModelError, DataError when the hub cannot be reached, ResourceError when memory runs out.
     """
@@ -138,7 +139,7 @@ def _load_weights(
         model, info = AutoModelForCausalLM.from_pretrained(
             source.path,
             dtype=dtype,
-            device_map={"": torch.device(device)},
+            device_map="auto" if device == "auto" else {"": torch.device(device)},
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **source.loading_arguments(),

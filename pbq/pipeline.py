@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pbq import __version__, hf, methods, preprocessing
+from pbq import __version__, hf, methods, preprocessing, ranks
 from pbq.allocate import LayerPlan, stored_bits
 from pbq.blocks import BlockQuantizer, Reconstructed, Streams
 from pbq.blockwise import Layers, ScoredText, through_block
@@ -52,7 +52,7 @@ from pbq.shards import ShardWriter
 from pbq.sources import Source, resolve_source
 from pbq.spill import HiddenStates, Spill
 from pbq.tune import STEP_TOKENS, tunable, tune_block
-from pbq.work import Keeper, Work, check_target
+from pbq.work import Keeper, SharedWork, Work, check_target, drop_finished
 from pbq_kernels import PackedWeight
 
 # Shards of a model of small blocks need not be as small.
@@ -109,14 +109,15 @@ def quantize(
     source: hub id, local directory or .gguf file. device: auto | cpu | cuda[:i]. ppl_text: measure
     the perplexity on this file before and after and put it in the model card. memory: GiB that the
     run may take, if not all there are. An interrupted run resumes with the same arguments; `fresh`
-    discards it instead. Raises PbqError.
+    discards it instead. Of several processes (pbq.ranks) all call it alike. Raises PbqError.
     """
     out = Path(out)
     method = methods.get(config.method, config)
+    drop_finished(out)
     check_target(out, overwrite)
     run_options = {"ppl": ppl_text and str(ppl_text), "windows": ppl_windows, "device": device}
     report = RunReport(source=source, config=config.to_dict(), run_options=run_options)
-    with closing(observer or Silent()) as shown:
+    with ranks.together(device), closing(_told(observer)) as shown:
         shown.stage("load the model", None)
         with report.timed("load"):
             found, where = resolve_source(source), pick_device(device)
@@ -125,16 +126,21 @@ def quantize(
             unfuse(loader.model)
             report.coverage = check_coverage(loader.model).line()
             text = _text(loader, ppl_text, ppl_windows) if ppl_text else None
-        run = _Run(loader, config, method, report, shown, budget(memory, loader.device))
+        allowed = budget(memory, loader.device, ranks.on_this_machine())
+        run = _Run(loader, config, method, report, shown, allowed)
         run.check_memory()
         fingerprint = run.fingerprint(found)
-        opened = Work.open(out, fingerprint, fresh=fresh, overwrite=overwrite)
-        with opened as work, _dropping_what_was_refused(work):
+
+        def opened() -> Work:
+            return Work.open(out, fingerprint, fresh=fresh, overwrite=overwrite)
+
+        shared = opened() if ranks.count() == 1 else SharedWork(out, opened)
+        with shared as work, _dropping_what_was_refused(work):
             check_space(work.path, run.estimated_bytes())
             shown.line(f"quantizing {report.coverage}")
             shown.line(run.forecast())
             calibration = run.calibration(work)
-            run.preprocess(work, calibration)
+            ranks.first(lambda: run.preprocess(work, calibration))
             if text is not None:
                 run.score_original(work, text)
             finished = run.quantize_blocks(work, calibration)
@@ -152,7 +158,12 @@ def quantize(
                 )
 
             work.finish(write)
-    return report
+        return ranks.first(lambda: report)
+
+
+def _told(observer: Observer | None) -> Observer:
+    """Rank 0 alone speaks."""
+    return observer if observer is not None and ranks.rank() == 0 else Silent()
 
 
 def _text(loader: BlockLoader, path: Path, windows: int | None) -> _Text:
@@ -285,10 +296,16 @@ class _Run:
             tensors, meta = work.load("calibration")
             return Calibration(tensors["ids"], meta["source"], tensors["further"])
         self.observer.stage("calibration text", None)
+        with self.report.timed("calibration text"):
+            calibration = ranks.first(self._load_calibration)
+        tensors = {"ids": calibration.ids, "further": calibration.further}
+        work.save("calibration", tensors, {"source": calibration.source})
+        return calibration
+
+    def _load_calibration(self) -> Calibration:
         sampled = "self" in self.config.calib.split("+")
-        whole = self.loader.whole() if sampled else nullcontext(self.model)
-        with self.report.timed("calibration text"), whole as model:
-            calibration = load_calibration(
+        with self.loader.whole() if sampled else nullcontext(self.model) as model:
+            return load_calibration(
                 self.config.calib,
                 self.loader.tokenizer,
                 model,
@@ -298,9 +315,6 @@ class _Run:
                 further=self._further(),
                 progress=self.observer.step,
             )
-        tensors = {"ids": calibration.ids, "further": calibration.further}
-        work.save("calibration", tensors, {"source": calibration.source})
-        return calibration
 
     def _further(self) -> int:
         """Segments the distillation asks for: text that it need not see twice."""
@@ -313,6 +327,8 @@ class _Run:
         Samples are written by the whole model: without the memory for it there are none.
         """
         self.report.before = self._kept_perplexity(work, text) or self._score(work, text)
+        if ranks.rank() > 0:
+            return
         if self.fits_whole():
             with self.loader.whole() as model:
                 self.report.note_samples("before", model, self.loader.tokenizer, text.tokenized)
@@ -455,29 +471,43 @@ class _Run:
             tensors, meta = work.load("distillation")
         else:
             self.observer.stage("distillation", settings.steps)
-            with self.report.timed("distillation"), self.loader.whole():
-                for i, block in enumerate(self.blocks):
-                    copy_norms(block, finished.block(i)[1])
-                packed, gains, tuned = distil_model(
-                    self.model,
-                    self.blocks,
-                    dict(finished),
-                    {n: p.detach().clone() for n, p in norms_of(self.model).items()},
-                    finished.latent,
-                    rows,
-                    hidden,
-                    settings,
-                    self.config.seed,
-                    progress=self.observer.step,
-                    keep=Keeper(work, "training"),
-                )
-            self.observer.line(f"distillation  {tuned.in_words()}")
-            tensors = flatten(packed) | {f"norm.{n}": gain for n, gain in gains.items()}
-            meta = {"tuned": dataclasses.asdict(tuned)}
+            with self.report.timed("distillation"):
+                # rank 0 alone: a step is one row of text, which cannot be divided
+                tensors, meta = ranks.first(lambda: self._distilled(work, finished, rows, hidden))
             work.save("distillation", tensors, meta)
             work.forget("training")
         self.report.distillation = meta["tuned"]
         return {name: tensor.to(self.loader.device) for name, tensor in tensors.items()}
+
+    def _distilled(
+        self,
+        work: Work,
+        finished: Finished,
+        rows: Sequence[Tensor],
+        hidden: Sequence[Tensor],
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Packed tensors and norms by full name, and how the training went."""
+        settings = self.recipe.distillation
+        assert settings is not None
+        with self.loader.whole():
+            for i, block in enumerate(self.blocks):
+                copy_norms(block, finished.block(i)[1])
+            packed, gains, tuned = distil_model(
+                self.model,
+                self.blocks,
+                dict(finished),
+                {n: p.detach().clone() for n, p in norms_of(self.model).items()},
+                finished.latent,
+                rows,
+                hidden,
+                settings,
+                self.config.seed,
+                progress=self.observer.step,
+                keep=Keeper(work, "training"),
+            )
+        self.observer.line(f"distillation  {tuned.in_words()}")
+        tensors = flatten(packed) | {f"norm.{n}": gain for n, gain in gains.items()}
+        return tensors, {"tuned": dataclasses.asdict(tuned)}
 
     def _block(
         self,
@@ -510,19 +540,20 @@ class _Run:
                 self.config,
                 name,
                 index,
-                spill.states(),
-                spill.states(),
+                spill,
                 self._start(work, index),
             )
             done = quantizer.run(streams, plans)
             targets = quantizer.targets
-            packed, meta = self._tune_and_pack(quantizer, done, streams, index)
+            packed, meta = ranks.first(lambda: self._tune_and_pack(quantizer, done, streams, index))
             quantizer.second.close()
             meta["seconds"] = time.monotonic() - started
             kept = {f"norm.{n}": p for n, p in norms_of(block).items()}
             if self._keeps_latents():
                 kept |= {f"latent.{n}": x.bfloat16() for n, x in done.latents.items()}
             work.save(key, {**flatten(packed), **kept}, meta)
+            if ranks.count() > 1:
+                restore(work, key, block)  # rank 0 alone has tuned it
         entering = streams.quant if feeds else HiddenStates()
         behind = Streams(targets, through_block(block, entering, call, spill))
         streams.close()

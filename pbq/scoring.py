@@ -83,6 +83,8 @@ def score_models(
         raise UsageError("nothing to score; give --ppl FILE or --tasks NAME,…")
     sources = [resolve_source(model) for model in models]
     where = pick_device(device)
+    # one GPU may be too small for the unquantized model
+    spread = "auto" if device == "auto" and where.type == "cuda" else where
     for path in texts:
         if not path.is_file():
             raise DataError(f"{path}: no such file")
@@ -90,7 +92,7 @@ def score_models(
     def score(source: Source, resolved: TaskSet | None) -> ModelScores:
         observer.stage(f"load {source.name}", None)
         model, tokenizer = load_model(
-            source, compute_dtype(source, where), where, trust_remote_code, packed=True
+            source, compute_dtype(source, where), spread, trust_remote_code, packed=True
         )
         scores = ModelScores(source.name)
         for path in texts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pbq import ranks
 from pbq.disk import tensor_bytes, writing
 
 
@@ -73,7 +74,7 @@ class HiddenStates(Sequence[Tensor]):
 class Spill:
     """Makes HiddenStates: in memory, or in files of `folder` where one is given."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
 
     def states(self) -> HiddenStates:
@@ -84,3 +85,17 @@ class Spill:
             descriptor, name = tempfile.mkstemp(".tmp", "hidden-", self._folder)
         os.close(descriptor)
         return HiddenStates(Path(name))
+
+    def filled(self, like: Sequence[Tensor], make: Callable[[int], Tensor]) -> HiddenStates:
+        """make(i) for every i of `like`, shaped as its tensors, each made on one of the ranks."""
+        own, total = self.states(), len(like)
+        for i in ranks.mine(total):
+            own.append(make(i))
+        if ranks.count() == 1 or total == 0:
+            return own
+        states, first, shape = self.states(), ranks.mine(total).start, like[0]
+        for i in range(total):
+            mine = ranks.owner(i, total) == ranks.rank()
+            states.append(ranks.sent_by(ranks.owner(i, total), own[i - first] if mine else shape))
+        own.close()
+        return states

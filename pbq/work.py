@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pbq import ranks
 from pbq.disk import (
     CheckpointError,
     free_bytes,
@@ -40,6 +41,8 @@ from pbq.errors import UsageError
 log = logging.getLogger(__name__)
 
 _LOCK, _FINGERPRINT, _STAGING, _REPLACED = "lock", "fingerprint.json", "staging", "replaced"
+# Holds the inode of what became OUT.
+_DONE = "done"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 # Between two states of a long training: so many seconds, and so many times what keeping one takes.
 KEEP_SECONDS, KEEP_SHARE = 300.0, 30.0
@@ -80,6 +83,8 @@ class Work:
             with writing(work.path):
                 work._refuse_foreign()
                 work._recover()
+                if _is_spent(work.path, out):
+                    work._empty()
                 check_target(out, overwrite)
                 work._claim(dict(fingerprint), fresh)
         except BaseException:
@@ -237,9 +242,10 @@ class Work:
     def _empty(self) -> None:
         # the fingerprint goes last: without it the rest would look like somebody else's directory
         for path in self.path.iterdir():
-            if path.name not in (_LOCK, _FINGERPRINT):
+            if path.name not in (_LOCK, _DONE, _FINGERPRINT):
                 remove(path)
-        (self.path / _FINGERPRINT).unlink(missing_ok=True)
+        for name in (_DONE, _FINGERPRINT):
+            (self.path / name).unlink(missing_ok=True)
 
     def _leave_nothing_new(self) -> None:
         """After a refused `open`: remove the directory again if it holds nothing but the lock."""
@@ -261,6 +267,7 @@ class Work:
         """Two renames when something is replaced; `_recover` covers a kill after the first."""
         check_target(self.out, self._overwrite)
         aside = self.path / _REPLACED
+        (self.path / _DONE).write_text(str(staging.stat().st_ino))
         if self.out.exists():
             os.rename(self.out, aside)
         try:
@@ -284,6 +291,50 @@ class Work:
                 error,
             )
         self.close()
+
+
+class SharedWork(Work):
+    """The unfinished run of several processes: rank 0 holds it, and all see what it holds."""
+
+    def __init__(self, out: Path | str, open_work: Callable[[], Work]) -> None:
+        """open_work: opens it, on rank 0 alone."""
+        self.out = Path(out).resolve()
+        self.path = _partial(self.out)
+        self._own: Work | None = None
+        ranks.first(lambda: self._open(open_work))
+
+    def _open(self, open_work: Callable[[], Work]) -> None:
+        self._own = open_work()
+
+    def _held(self) -> Work:
+        assert self._own is not None, "asked of a rank that holds no run"
+        return self._own
+
+    def close(self) -> None:
+        if self._own is not None:
+            self._own.close()
+
+    def discard(self) -> None:
+        if self._own is not None:
+            self._own.discard()
+
+    def names(self) -> list[str]:
+        return [] if self._own is None else self._own.names()
+
+    def has(self, name: str) -> bool:
+        return ranks.first(lambda: self._held().has(name))
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return ranks.first(lambda: self._held().load(name))
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        ranks.first(lambda: self._held().save(name, tensors, meta))
+
+    def forget(self, name: str) -> None:
+        ranks.first(lambda: self._held().forget(name))
+
+    def finish(self, write: Callable[[Path], object]) -> None:
+        ranks.first(lambda: self._held().finish(write))
 
 
 class Keeper:
@@ -323,6 +374,25 @@ def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for key in sorted(was.keys() | now.keys())
         if was.get(key) != now.get(key)
     ]
+
+
+def drop_finished(out: Path) -> None:
+    """Remove what a run left behind that was killed after it had made `out`."""
+    out = out.resolve()
+    # UsageError: another process holds it, perhaps to remove it
+    with contextlib.suppress(UsageError):
+        if _is_spent(_partial(out), out):
+            Work(out, _lock(_partial(out)), overwrite=False).discard()
+
+
+def _is_spent(path: Path, out: Path) -> bool:
+    """Has the run in `path` made `out`, or finished no step though there is an `out`?"""
+    try:
+        made = out.stat().st_ino
+        held = {p.name for p in path.iterdir()}
+        return held <= {_LOCK, _FINGERPRINT} or (path / _DONE).read_text() == str(made)
+    except OSError:
+        return False
 
 
 def _partial(out: Path) -> Path:

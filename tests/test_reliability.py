@@ -46,6 +46,11 @@ def test_disks_that_refuse_and_torn_files_are_recovered_from(tmp_path: Path) -> 
         assert found[part]["recovered"] == found[part]["injected"] != {}
 
 
+def test_several_processes_end_when_one_dies_and_are_resumed(tmp_path: Path) -> None:
+    processes = reliability(tmp_path, processes=1)["processes"]
+    assert processes["recovered"] == processes["tried"] == {"2": 1}
+
+
 def test_mutated_checkpoints_are_refused_or_harmless(tmp_path: Path) -> None:
     found = reliability(tmp_path, mutations=300)["mutations"]
     assert found["total"] == 300 == found["refused"] + found["harmless"] + found["signed"]

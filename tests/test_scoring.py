@@ -115,6 +115,43 @@ def test_the_progress_is_taken_down_when_a_model_fails(
     assert listener.closed
 
 
+def test_a_model_larger_than_one_gpu_is_spread(
+    tiny_checkpoint: Callable[[str], Path],
+    packed_checkpoint: Callable[[str], Path],
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The CPU and the disk stand in for two GPUs: accelerate moves what a block needs to it."""
+    models = [packed_checkpoint("llama"), tiny_checkpoint("llama")]
+    expected = score(models, texts=[text])
+    real, asked = scoring.load_model, []
+
+    def load_model(source: Any, dtype: Any, device: Any, *rest: Any, **options: Any) -> Any:
+        asked.append(device)
+        return real(source, dtype, device, *rest, **options)
+
+    def from_pretrained(*args: Any, device_map: Any, **options: Any) -> Any:
+        assert device_map == "auto"
+        places = {f"model.layers.{i}": "disk" if i else "cpu" for i in range(3)}
+        around = ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head")
+        return unspread(
+            *args,
+            device_map=places | dict.fromkeys(around, "cpu"),
+            offload_folder=tmp_path / "offload",
+            **options,
+        )
+
+    unspread = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(scoring, "load_model", load_model)
+    monkeypatch.setattr(scoring, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    found = score(models, texts=[text], device="auto")
+    assert asked == ["auto", "auto"]
+    for a, b in zip(expected.models, found.models, strict=True):
+        assert a.perplexities[0].loss == b.perplexities[0].loss
+
+
 def test_a_grid_has_a_row_a_measure_and_a_column_a_model() -> None:
     def of(name: str, ppl: float, acc: float) -> ModelScores:
         text = Perplexity(ppl, 3.0, 40, 2048, 40 * 2048, 100_000, "wiki.txt", "0" * 64, 1.5)

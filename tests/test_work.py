@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from pbq.errors import ResourceError, UsageError
-from pbq.work import Keeper, Work
+from pbq.work import Keeper, Work, drop_finished
 
 PRINT = {"model": "tiny", "bits": "1.61", "seed": "0"}
 TENSORS = {
@@ -425,6 +425,10 @@ def test_a_kill_at_any_call_is_survived(out: Path, replacing: bool) -> None:
         status = in_child(lambda stop=stop: (kill_at(stop), run()))  # type: ignore[misc]
         assert status in (0, -signal.SIGKILL)
         seen.add(content(out))
+        drop_finished(out)
+        assert content(out) in seen
+        if content(out) == "new":
+            assert not out.with_name(f"{out.name}.partial").exists()
         with Work.open(out, PRINT, overwrite=True) as work:
             assert content(out) in ({"old", "new"} if replacing else {None, "new"})
             for name in work.names():

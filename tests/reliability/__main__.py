@@ -1,6 +1,7 @@
 """Everything that docs/reliability.md claims, tried at length: `make reliability`.
 
-    python tests/reliability --kills 24 --refusals 40 --tears 15 --mutations 10000 --json FILE
+    python tests/reliability --kills 24 --refusals 40 --tears 15 --processes 6 \\
+        --mutations 10000 --architectures --json FILE
 
 The short form in tests/test_reliability.py is the same code with smaller numbers. The exit code is
 1 when anything was lost; the JSON says what.
@@ -28,13 +29,23 @@ import torch  # noqa: E402
 from faults import try_refusals, try_tears  # noqa: E402
 from kills import try_kills  # noqa: E402
 from mutations import try_mutations  # noqa: E402
+from processes import try_processes  # noqa: E402
 from trial import Trial, contents  # noqa: E402
+
+# What is done to runs of one tiny model.
+RUNS: dict[str, Callable[..., Any]] = {
+    "kills": try_kills,
+    "refusals": try_refusals,
+    "tears": try_tears,
+    "processes": try_processes,
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("kills", "refusals", "tears", "mutations"):
+    for name in (*RUNS, "mutations"):
         parser.add_argument(f"--{name}", type=int, default=0)
+    parser.add_argument("--architectures", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
@@ -50,14 +61,14 @@ def main() -> int:
 
 def _run(folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    if chosen.kills or chosen.refusals or chosen.tears:
+    if any(getattr(chosen, name) for name in RUNS):
         trial = Trial.prepare(folder, _write_model)
         whole, again = folder / "whole", folder / "again"
         for out in (whole, again):
             assert trial.run(out) == 0, trial.log(out).read_text()
         same = contents(whole) == contents(again)
         found["repeated"] = {"runs": 2, "faults": [] if same else ["two runs differ"]}
-    for name, attempt in (("kills", try_kills), ("refusals", try_refusals), ("tears", try_tears)):
+    for name, attempt in RUNS.items():
         if tries := getattr(chosen, name):
             found[name] = _timed(attempt, trial, whole, tries, chosen.seed)
     if chosen.mutations:
@@ -67,6 +78,18 @@ def _run(folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
         found["mutations"] = _timed(
             try_mutations, folder / "packed", folder, chosen.mutations, chosen.seed
         )
+    if chosen.architectures:
+        import architectures
+        import conftest
+
+        found["architectures"] = _timed(
+            architectures.try_architectures,
+            [*conftest.EXTRA, *conftest.EXTRA_MOE, *conftest.MORE],
+            conftest.build_tiny_model,
+            conftest.build_tiny_tokenizer(),
+            folder / "architectures",
+        )
+        print(architectures.table(found["architectures"]["matrix"]), file=sys.stderr)
     return found
 
 

@@ -8,7 +8,7 @@ those of the same values dense. generate: greedy tokens, the same with and witho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,14 @@ def try_architectures(
         except Exception as error:  # whatever it is: the others are still tried
             found.faults.append(f"{name}: {type(error).__name__}: {error}")
     return found
+
+
+def table(matrix: Mapping[str, Mapping[str, bool]]) -> str:
+    """As docs/reliability.md has it."""
+    rows = [["architecture", *STEPS], ["---"] * (1 + len(STEPS))]
+    for name, passed in matrix.items():
+        rows.append([name, *("yes" if passed[step] else "no" for step in STEPS)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _steps(
