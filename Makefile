@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 PIP := $(RUN) -m pip --disable-pip-version-check -q
 
-.PHONY: quickstart test test-slow reliability lint format docs bench-quality bench-cpu bench-gpu bench-sass bench-memory clean
+.PHONY: quickstart test test-slow test-oldest reliability lint format docs bench-quality bench-cpu bench-gpu bench-sass bench-memory clean
 
 quickstart: $(VENV)/.demo
 	$(RUN) examples/quickstart.py $(OUT)
@@ -22,6 +22,13 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	TOKENIZERS_PARALLELISM=false $(RUN) -m pytest -m slow
+
+# Importing, loading, every architecture with the oldest transformers that pyproject.toml allows.
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+test-oldest: $(VENV)/.dev
+	$(PIP) install --upgrade --target build/oldest "transformers==$(OLDEST).*"
+	PYTHONPATH=$(CURDIR)/build/oldest OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 \
+		tests/test_hf.py tests/test_loader.py tests/test_architectures.py
 
 # Kills, refusing disks, torn files, several processes, mutated checkpoints, every architecture:
 # minutes, into docs/reliability.md's tables.

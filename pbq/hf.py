@@ -244,12 +244,19 @@ class PbqQuantizer(HfQuantizer):
             with torch.device("meta"):
                 linear = PackedLinear(layer.layout, layer.bias, dtype)
             model.set_submodule(name, linear)
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         """Refuse tensors that are missing from the files, damaged, or outside the format."""
         _keep_names(model)
+        for name, tensor in model.state_dict().items():
+            if tensor.shape != self._shapes.get(name, tensor.shape):  # older transformers take it
+                raise CheckpointError(
+                    f"{name} is {list(tensor.shape)} in its files, the model has "
+                    f"{list(self._shapes[name])}"
+                )
         for name, linear in packed_linears(model):
             if linear.weight.is_meta:  # offloaded: read, and checked, whenever it runs
                 continue

@@ -407,7 +407,8 @@ def test_a_tensor_of_another_shape_is_refused(changed: Path) -> None:
         tensors[f"{LAYER}.scale"] = tensors[f"{LAYER}.scale"][:, 1:].contiguous()
 
     rewrite(changed, cut)
-    with pytest.raises(RuntimeError, match="mismatched"):
+    # whoever looks first, transformers or pbq
+    with pytest.raises((RuntimeError, CheckpointError), match=r"mismatched|\.scale is \[84, 3\]"):
         load(changed)
 
 

@@ -16,6 +16,8 @@ from kills import PATIENCE, ended
 from trial import Trial, clear, contents, wait
 
 RESOURCE = 5
+# Seconds until torchrun sees that a process is gone.
+NOTICE = 0.1
 
 
 @dataclass
@@ -37,8 +39,8 @@ class Processes:
 def try_processes(trial: Trial, whole: Path, tries: int, seed: int) -> Processes:
     """whole: the OUT that one process made. So many runs of two or three lose one at random.
 
-    The others must end by themselves, with one line about it; OUT must be absent or whole. The same
-    command, with another number of processes, must then make the same bytes as one.
+    The others are told to end, as torchrun does; all must, one line must say why, and OUT be absent
+    or whole. The same command, with another number of processes, must then make the bytes of one.
     """
     draw, found, expected = random.Random(seed), Processes(), contents(whole)
     for i in range(tries):
@@ -53,6 +55,10 @@ def try_processes(trial: Trial, whole: Path, tries: int, seed: int) -> Processes
         victim = draw.randrange(count)
         time.sleep(span * draw.random())
         os.kill(children[victim], signal.SIGKILL)
+        time.sleep(NOTICE)
+        for child in children:
+            if not ended(child):
+                os.kill(child, signal.SIGTERM)
         codes = finish(children)
         found.tried[count] += 1
         fault = _fault(trial, out, codes, victim)
@@ -73,6 +79,8 @@ def try_processes(trial: Trial, whole: Path, tries: int, seed: int) -> Processes
 def _fault(trial: Trial, out: Path, codes: list[int], victim: int) -> str | None:
     """What the processes beside the victim did wrong, if anything."""
     others = [code for rank, code in enumerate(codes) if rank != victim]
+    if -signal.SIGTERM in others:  # before they met
+        return None
     if any(code not in (0, RESOURCE) for code in others):
         return f"exits {codes}"
     logs = [log(trial, out, rank).read_text() for rank in range(len(codes)) if rank != victim]
@@ -110,6 +118,6 @@ def finish(children: list[int]) -> list[int]:
         if time.monotonic() > until:
             for child in children:
                 os.kill(child, signal.SIGKILL)
-            raise TimeoutError(f"of {len(children)} processes some do not end")
+            raise TimeoutError(f"some of {len(children)} processes do not end")
         time.sleep(0.001)
     return [wait(child) for child in children]
