@@ -57,6 +57,8 @@ def together(device: str) -> Iterator[None]:
         return
     gpu = torch.cuda.is_available() and device != "cpu"
     if gpu:
+        if device not in ("auto", "cuda"):
+            raise UsageError(f"--device {device}: of several processes each has its own GPU")
         _take_gpu(int(os.environ.get("LOCAL_RANK", "0")))
     _store, rank, count = next(dist.rendezvous("env://"))
     # objects travel by gloo, tensors by what their device has

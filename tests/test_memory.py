@@ -146,6 +146,9 @@ def test_the_budget_is_what_is_asked_for_or_there(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(memory, "_left_in_control_group", lambda: 12345)
     held = memory.budget(None, cpu) - 12345
     assert 2**26 < held < 2**40
+    monkeypatch.setattr(memory, "_left_in_control_group", lambda: 2**28)
+    shared = memory.budget(None, cpu) - memory.budget(None, cpu, processes=2)
+    assert shared == pytest.approx(2**27, abs=2**25)
 
 
 @pytest.fixture(scope="module")
