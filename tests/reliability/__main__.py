@@ -45,7 +45,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in (*RUNS, "mutations"):
         parser.add_argument(f"--{name}", type=int, default=0)
-    parser.add_argument("--architectures", action="store_true")
+    parser.add_argument("--architectures", nargs="*", metavar="NAME", help="all without a name")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
@@ -78,13 +78,13 @@ def _run(folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
         found["mutations"] = _timed(
             try_mutations, folder / "packed", folder, chosen.mutations, chosen.seed
         )
-    if chosen.architectures:
+    if chosen.architectures is not None:
         import architectures
         import conftest
 
         found["architectures"] = _timed(
             architectures.try_architectures,
-            [*conftest.EXTRA, *conftest.EXTRA_MOE, *conftest.MORE],
+            chosen.architectures or [*conftest.EXTRA, *conftest.EXTRA_MOE, *conftest.MORE],
             conftest.build_tiny_model,
             conftest.build_tiny_tokenizer(),
             folder / "architectures",
