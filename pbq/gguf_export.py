@@ -52,6 +52,7 @@ class GgufTensor:
 
     name: str
     type: str
+    shape: tuple[int, ...]
     nbytes: int
     error: float
 
@@ -115,8 +116,8 @@ def export_gguf(
     tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=trust_remote_code)
     _describe_tokenizer(writer, out, tokenizer, model.config.vocab_size)
     tensors = tuple(
-        _planned(hf_name, name, values, _candidates(dtype, linear, values.ndim), max_error)
-        for hf_name, name, values, linear in _tensors(model, architecture)
+        _planned(hf_name, name, values, *_candidates(dtype, packed, values.ndim, max_error))
+        for hf_name, name, values, packed in _tensors(model, architecture)
     )
     found = GgufFile(path, architecture, tensors)
     check_space(path, sum(tensor.nbytes for tensor in tensors))
@@ -132,9 +133,11 @@ def _write(writer: GGUFWriter, model: PreTrainedModel, file: GgufFile) -> None:
     try:
         with writing(staging):
             kinds = {tensor.name: _kind(tensor.type) for tensor in file.tensors}
-            sizes = {tensor.name: tensor.nbytes for tensor in file.tensors}
-            for _, name, values, _ in _tensors(model, file.architecture):
-                writer.add_tensor_info(name, values.shape, values.dtype, sizes[name], kinds[name])
+            for tensor in file.tensors:
+                values_dtype = np.dtype(np.float32)
+                writer.add_tensor_info(
+                    tensor.name, tensor.shape, values_dtype, tensor.nbytes, kinds[tensor.name]
+                )
             writer.write_header_to_file(staging)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -166,7 +169,8 @@ def _tensors(
             raise ModelError(f"{full}: GGUF has no name for it in {architecture}; {_WAY_OUT}")
         values = tensor.detach().float().numpy()
         if architecture == "llama" and layer.endswith(("q_proj", "k_proj")):
-            heads = config.num_attention_heads if layer.endswith("q_proj") else _kv_heads(config)
+            queries = layer.endswith("q_proj")
+            heads = config.num_attention_heads if queries else config.num_key_value_heads
             values = _interleaved(values, heads)
         yield full, f"{name}.{suffix}", values, layer in packed and suffix == "weight"
 
@@ -191,35 +195,31 @@ def _interleaved(values: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
 
 
-def _kv_heads(config: PretrainedConfig) -> int:
-    return int(config.num_key_value_heads)
-
-
 def _kind(name: str) -> GGMLQuantizationType:
     from gguf import GGMLQuantizationType
 
     return GGMLQuantizationType[name]
 
 
-def _candidates(dtype: str, linear: bool, dims: int) -> Sequence[str]:
-    """Types to try for a tensor, in this order."""
+def _candidates(
+    dtype: str, packed: bool, dims: int, max_error: float
+) -> tuple[Sequence[str], float]:
+    """Types to try for a tensor, in this order, and the error that one of them may have."""
     if dims == 1:
-        return ["F32"]
+        return ["F32"], 0.0
     if dtype in FLOATS:
-        return [FLOATS[dtype]]
-    if not linear:
-        return list(FLOATS.values())
-    return [*BLOCKS, *FLOATS.values()] if dtype == SMALLEST else [dtype.upper()]
+        return [FLOATS[dtype]], max_error
+    if not packed:
+        return list(FLOATS.values()), 0.0
+    return [*BLOCKS, *FLOATS.values()] if dtype == SMALLEST else [dtype.upper()], max_error
 
 
 def _planned(
-    hf_name: str, name: str, values: np.ndarray, kinds: Sequence[str], max_error: float
+    hf_name: str, name: str, values: np.ndarray, kinds: Sequence[str], limit: float
 ) -> GgufTensor:
     """The tensor as the first of `kinds` that is near enough. Raises UsageError if none is."""
     from gguf import GGML_QUANT_SIZES
 
-    linear = len(kinds) == 1 or kinds[0] in BLOCKS
-    limit = max_error if linear else 0.0  # embeddings have more than one candidate: one is exact
     refused = ""
     for kind in kinds:
         block, nbytes = GGML_QUANT_SIZES[_kind(kind)]
@@ -228,8 +228,8 @@ def _planned(
             continue
         error = _error(values, _kind(kind))
         if error <= limit:
-            return GgufTensor(name, kind, values.size // block * nbytes, error)
-        refused = f"its relative error would be {error:.2g}, above --max-error {max_error:g}"
+            return GgufTensor(name, kind, values.shape, values.size // block * nbytes, error)
+        refused = f"its relative error would be {error:.2g}, above --max-error {limit:g}"
     raise UsageError(f"{hf_name} as {kinds[-1]}: {refused}; choose another --dtype")
 
 
@@ -285,7 +285,7 @@ def _describe(writer: GGUFWriter, out: Path, config: PretrainedConfig) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(_kv_heads(config))
+    writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim)

@@ -112,7 +112,7 @@ def test_errors_are_those_of_what_is_read_back(packed: Callable[..., Path], tmp_
     size = (tmp_path / "model.gguf").stat().st_size
     weights = sum(tensor.nbytes for tensor in done.tensors)
     assert weights < size < weights + 20_000
-    assert done.to_dict()["tensors"][0].keys() == {"name", "type", "nbytes", "error"}
+    assert done.to_dict()["tensors"][0].keys() == {"name", "type", "shape", "nbytes", "error"}
 
 
 @pytest.mark.parametrize(
