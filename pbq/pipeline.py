@@ -695,9 +695,10 @@ def _start_key(index: int) -> str:
 def _block_line(name: str, meta: Mapping[str, Any]) -> str:
     errors = [layer["error"] for layer in meta["layers"].values()]
     bits = [layer["bits"] for layer in meta["layers"].values()]
+    damping = max(layer["damping"] for layer in meta["layers"].values())
     tuned = meta.get("tuning")
     loss = f"  block loss {tuned['before']:.4f} -> {tuned['after']:.4f}" if tuned else ""
     return (
         f"{name}  {sum(bits) / len(bits):.3f} bits  layer error {sum(errors) / len(errors):.4f}"
-        f"{loss}  {meta['seconds']:.0f} s"
+        f"  damping {damping:g}{loss}  {meta['seconds']:.0f} s"
     )

@@ -275,7 +275,7 @@ def test_the_observer_is_told_and_closed(finish: Finish) -> None:
     assert covered == "quantizing 100.00% of the block weights"
     assert forecast.startswith("about ") and "statistics" in forecast
     assert [line.split()[0] for line in lines] == [f"model.layers.{i}" for i in range(3)]
-    assert all("layer error" in line and "block loss" in line for line in lines)
+    assert all("layer error" in line and "damping 0.01  block loss" in line for line in lines)
     assert observer.closed >= 1
 
 
