@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import sys
 from pathlib import Path
 
@@ -121,7 +122,10 @@ def test_a_real_model_keeps_the_promise_of_its_bits(
         )
     assert 8 * stored / sum(L.n * L.k for L in layouts.values()) == pytest.approx(report.bits)
     assert report.before is not None and report.after is not None
-    assert report.before.ppl < report.after.ppl < 50 * report.before.ppl
+    # two blocks alone predict nothing: their likeness to the original counts, not the perplexity
+    assert math.isfinite(report.after.ppl)
+    assert report.distillation is not None
+    assert report.distillation["after"] < 0.9 * report.distillation["before"]
     model = AutoModelForCausalLM.from_pretrained(out)
     ids = torch.arange(100, 140)[None]
     assert torch.isfinite(model(ids).logits).all()
