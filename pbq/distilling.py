@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from pbq.models import run_tail, weight_of
 from pbq.pack import pack, unpack
+from pbq.tunable import tunable
 from pbq.tune import (
     STEP_TOKENS,
     Distillation,
@@ -24,7 +25,6 @@ from pbq.tune import (
     Tuned,
     distill,
     held_out,
-    tunable,
 )
 from pbq_kernels import PackedWeight
 

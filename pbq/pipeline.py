@@ -51,7 +51,8 @@ from pbq.report import RunReport, rare_experts, write_beside
 from pbq.shards import ShardWriter
 from pbq.sources import Source, resolve_source
 from pbq.spill import HiddenStates, Spill
-from pbq.tune import STEP_TOKENS, tunable, tune_block
+from pbq.tunable import tunable
+from pbq.tune import STEP_TOKENS, tune_block
 from pbq.work import Keeper, SharedWork, Work, check_target, drop_finished
 from pbq_kernels import PackedWeight
 

@@ -16,7 +16,8 @@ from pbq.grid import Factors
 from pbq.hessian import least_squares
 from pbq.linear import PackedLinear
 from pbq.pack import pack, unpack
-from pbq.tune import Rates, TunableFactors, optimise
+from pbq.tunable import Rates, TunableFactors
+from pbq.tune import optimise
 from pbq_kernels import BACKENDS, PackedWeight, Tier, WeightLayout, dequant_matmul, select
 from pbq_kernels.layout import PackedFormatError, check_tensors, unpack_bits
 from pbq_kernels.reference import dequantize

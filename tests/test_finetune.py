@@ -20,7 +20,8 @@ from pbq.config import QuantConfig
 from pbq.errors import ResourceError, UsageError
 from pbq.finetune import Training, finetune
 from pbq.hf import packed_linears
-from pbq.tune import TunableWeight, held_out
+from pbq.tunable import TunableWeight
+from pbq.tune import held_out
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ FLOORS: dict[str, int] = {
     "pbq.pack": 2,
     "pbq.ranks": 2,
     "pbq.methods": 3,
+    "pbq.tunable": 3,
     "pbq.tune": 3,
     "pbq.disk": 4,
     "pbq.work": 4,

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from pbq.grid import QuantizedWeight, TierGrid
 from pbq.pack import pack, unpack
+from pbq.tunable import Rates, TunableWeight
 from pbq.tune import (
     BlockTuning,
     Distillation,
-    Rates,
     Schedule,
-    TunableWeight,
     distill,
     forward_kl,
     held_out,
