@@ -49,12 +49,14 @@ class Waterfill:
 
     def recipe(self, config: QuantConfig) -> Recipe:
         block = BlockTuning(epochs=EPOCHS[config.effort], lr=2e-3, norm_lr=2e-3, latent_lr=6e-2)
+        # what trained blocks are would first be lost at the rates that untrained ones gain from
+        lr, latent_lr = (1.5e-3, 1e-3) if block.epochs else (5e-3, 3e-3)
         return Recipe(
             hessian_tokens=49152 if block.epochs else 16384,
             batch=1,  # the number of steps counts for more than the tokens of each
             block=block,
             distillation=Distillation(
-                steps=STEPS[config.effort], lr=5e-3, norm_lr=5e-3, latent_lr=3e-3
+                steps=STEPS[config.effort], lr=lr, norm_lr=lr, latent_lr=latent_lr
             ),
         )
 
