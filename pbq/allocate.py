@@ -128,6 +128,13 @@ def largest(most: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
+def budget(bits: float, weights: int) -> float:
+    """Stored bits that so many weights may take; 1.16 * 25 is 29, whatever floating point says."""
+    exact = bits * weights
+    nearest = float(round(exact))
+    return nearest if math.isclose(exact, nearest, rel_tol=1e-12) else exact
+
+
 def too_few_bits(
     what: str, bits: float, least: float, held: str = "its signs and scales"
 ) -> UsageError:
@@ -320,7 +327,7 @@ def waterfill_each(
     left = 0.0
     for name, d in damage.items():
         layer = _Layer.of(d, rows[name], tiers_for)
-        left += bits * layer.n * layer.k
+        left += budget(bits, layer.n * layer.k)
         choice = layer.within(left)
         if choice is None:
             _check_budget(layer.best(layer.prices()[1]).bits, left, bits)
