@@ -54,6 +54,9 @@ class QuantConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("bits", "percdamp", "salient_share", "block_epochs"):
+            # bits=2 and bits=2.0 are one run: the same fingerprint, the same recipe.
+            object.__setattr__(self, name, float(getattr(self, name)))
         if not (math.isfinite(self.bits) and 0 < self.bits <= 8):
             raise UsageError(f"--bits {self.bits}: expected a number above 0 and at most 8")
         if self.effort not in EFFORTS:

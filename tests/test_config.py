@@ -63,6 +63,10 @@ def test_values_on_the_edge_are_taken(edge):
     assert {name: getattr(config, name) for name in edge} == edge
 
 
+def test_a_whole_number_is_the_same_run_as_its_float():
+    assert json.dumps(QuantConfig(bits=2).to_dict()) == json.dumps(QuantConfig(bits=2.0).to_dict())
+
+
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         QuantConfig().bits = 2.0
