@@ -128,7 +128,7 @@ def largest(most: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def budget(bits: float, weights: int) -> float:
+def stored_budget(bits: float, weights: int) -> float:
     """Stored bits that so many weights may take; 1.16 * 25 is 29, whatever floating point says."""
     exact = bits * weights
     nearest = float(round(exact))
@@ -300,7 +300,7 @@ def waterfill(
     least bits.
     """
     layers = {name: _Layer.of(d, rows[name], tiers_for) for name, d in damage.items()}
-    budget = bits * sum(layer.n * layer.k for layer in layers.values())
+    budget = stored_budget(bits, sum(layer.n * layer.k for layer in layers.values()))
     prices = [layer.prices() for layer in layers.values()]
     # prices span as many decades as damages do, so the search halves their ratio, not their gap
     low, high = min(low for low, _ in prices), max(high for _, high in prices)
@@ -327,7 +327,7 @@ def waterfill_each(
     left = 0.0
     for name, d in damage.items():
         layer = _Layer.of(d, rows[name], tiers_for)
-        left += budget(bits, layer.n * layer.k)
+        left += stored_budget(bits, layer.n * layer.k)
         choice = layer.within(left)
         if choice is None:
             _check_budget(layer.best(layer.prices()[1]).bits, left, bits)

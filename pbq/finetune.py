@@ -21,7 +21,7 @@ from pbq.distilling import distil_model, last_hidden
 from pbq.errors import ResourceError, UsageError
 from pbq.evaluate import Perplexity
 from pbq.experts import unfuse
-from pbq.finished import copy_norms, norms_of
+from pbq.finished import copy_norms, kept_calibration, norms_of
 from pbq.hf import packed_linears
 from pbq.linear import PackedLinear
 from pbq.loader import BlockLoader
@@ -193,9 +193,9 @@ def _check_memory(loader: BlockLoader, allowed: int, packed: int) -> None:
 def _calibration(
     work: Work, loader: BlockLoader, training: Training, observer: Observer
 ) -> Calibration:
-    if not work.has("calibration"):
+    def make() -> Calibration:
         observer.stage("calibration text", None)
-        found = load_calibration(
+        return load_calibration(
             training.calib,
             loader.tokenizer,
             loader.model,
@@ -204,9 +204,8 @@ def _calibration(
             seed=training.seed,
             progress=observer.step,
         )
-        work.save("calibration", {"ids": found.ids}, {"source": found.source})
-    tensors, meta = work.load("calibration")
-    return Calibration(tensors["ids"], meta["source"], tensors["ids"][:0])
+
+    return kept_calibration(work, make)
 
 
 def _report(out: Path, model: Any, provenance: Mapping[str, Any]) -> RunReport:

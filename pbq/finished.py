@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pbq.calibrate import Calibration
 from pbq.models import find_linears, set_weight
 from pbq.pack import unpack
 from pbq.work import Work
@@ -18,6 +19,17 @@ from pbq_kernels import PackedWeight, WeightLayout
 def block_key(index: int) -> str:
     """The name of a finished block in the work directory."""
     return f"block-{index:05d}"
+
+
+def kept_calibration(work: Work, make: Callable[[], Calibration]) -> Calibration:
+    """The calibration text of a run: made once, then read from its work directory."""
+    if not work.has("calibration"):
+        made = make()
+        work.save(
+            "calibration", {"ids": made.ids, "further": made.further}, {"source": made.source}
+        )
+    tensors, meta = work.load("calibration")
+    return Calibration(tensors["ids"], meta["source"], tensors["further"])
 
 
 class Finished(Mapping[str, PackedWeight]):

@@ -129,6 +129,32 @@ def distilling_bytes(model: PreTrainedModel, blocks: nn.ModuleList, width: int) 
     return weights * _DISTILLING_BYTES_PER_WEIGHT + round(STEP_TOKENS * activations * width)
 
 
+def disk_bytes(
+    model: PreTrainedModel,
+    config: QuantConfig,
+    recipe: Recipe,
+    found: Needs,
+    *,
+    bits: float,
+    budget: int,
+) -> int:
+    """What lies on the disk at the end: finished steps, and OUT beside them.
+
+    Packed weights at `bits` twice, everything else once; bfloat16 latent weights until their signs
+    have moved, hidden states that do not stay in memory, and what blocks start from if it is not
+    their own.
+    """
+    _, blocks = find_blocks(model)
+    weights = [weight_of(linear) for linear in find_linears(blocks).values()]
+    count = sum(W.numel() for W in weights)
+    dense = sum(W.numel() * W.element_size() for W in weights)
+    around = whole_model_bytes(model) - dense
+    latents = 2 * count if recipe.moves_signs_at_the_end else 0
+    states = found.states if spills(found.states, budget) else 0
+    start = dense if config.preprocess else 0
+    return round(2 * count * bits / 8) + around + latents + states + start
+
+
 def spills(state_bytes: int, budget: int | None) -> bool:
     """Do hidden states of so many bytes go to the disk?"""
     return budget is not None and state_bytes > budget // _SHARE_OF_STATES

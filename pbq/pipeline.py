@@ -31,11 +31,19 @@ from pbq.distilling import Functional, distil_model
 from pbq.errors import DataError, UsageError
 from pbq.evaluate import WINDOW, Perplexity, TokenizedText, tokenize_file
 from pbq.experts import unfuse
-from pbq.finished import Finished, block_key, copy_norms, flatten, norms_of, restore
+from pbq.finished import (
+    Finished,
+    block_key,
+    copy_norms,
+    flatten,
+    kept_calibration,
+    norms_of,
+    restore,
+)
 from pbq.forecast import Speed, in_words, seconds
 from pbq.hf import PbqConfig, install, packed_linears
 from pbq.loader import BlockLoader
-from pbq.memory import budget, needs, refuse, spills, whole_model_bytes
+from pbq.memory import budget, disk_bytes, needs, refuse, spills, whole_model_bytes
 from pbq.models import (
     check_coverage,
     compute_dtype,
@@ -137,7 +145,7 @@ def quantize(
 
         shared = opened() if ranks.count() == 1 else SharedWork(out, opened)
         with shared as work, _dropping_what_was_refused(work):
-            check_space(work.path, run.estimated_bytes())
+            check_space(work.path, run.disk_bytes())
             shown.line(f"quantizing {report.coverage}")
             shown.line(run.forecast())
             calibration = run.calibration(work)
@@ -213,9 +221,6 @@ class _Run:
     def __post_init__(self) -> None:
         self.model, self.blocks = self.loader.model, self.loader.blocks
         self.recipe = methods.recipe_of(self.method, self.config)
-        if self.config.preprocess:
-            # aimed at the original's outputs the weights would become the original's own again
-            self.recipe = dataclasses.replace(self.recipe, compensate=False)
         self.needs = needs(
             self.model,
             self.config,
@@ -256,29 +261,16 @@ class _Run:
             **recipe,
         }
 
-    def estimated_bytes(self) -> int:
-        """Disk for the finished steps and for OUT: packed weights twice, everything else once.
-
-        Latent weights, where signs will move, are kept in bfloat16 until they have.
-        """
-        linears = self.linears().values()
-        quantized = sum(weight_of(m).numel() for m in linears)
-        everything = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        dense = sum(weight_of(m).numel() * weight_of(m).element_size() for m in linears)
-        latents = 2 * quantized if self._keeps_latents() else 0
-        states = self.needs.states if spills(self.needs.states, self.budget) else 0
-        start = dense if self.config.preprocess else 0
-        return (
-            int(2 * quantized * self.config.bits / 8)
-            + everything
-            - dense
-            + latents
-            + states
-            + start
+    def disk_bytes(self) -> int:
+        """Disk for the finished steps and for OUT."""
+        return disk_bytes(
+            self.model,
+            self.config,
+            self.recipe,
+            self.needs,
+            bits=self.config.bits,
+            budget=self.budget,
         )
-
-    def _keeps_latents(self) -> bool:
-        return self.recipe.distillation is not None and self.recipe.distillation.latent_lr > 0
 
     def forecast(self) -> str:
         """How long the stages will take on this machine, for people."""
@@ -293,15 +285,12 @@ class _Run:
     # --- calibration ---------------------------------------------------------------------------
 
     def calibration(self, work: Work) -> Calibration:
-        if work.has("calibration"):
-            tensors, meta = work.load("calibration")
-            return Calibration(tensors["ids"], meta["source"], tensors["further"])
-        self.observer.stage("calibration text", None)
-        with self.report.timed("calibration text"):
-            calibration = ranks.first(self._load_calibration)
-        tensors = {"ids": calibration.ids, "further": calibration.further}
-        work.save("calibration", tensors, {"source": calibration.source})
-        return calibration
+        def make() -> Calibration:
+            self.observer.stage("calibration text", None)
+            with self.report.timed("calibration text"):
+                return ranks.first(self._load_calibration)
+
+        return kept_calibration(work, make)
 
     def _load_calibration(self) -> Calibration:
         sampled = "self" in self.config.calib.split("+")
@@ -437,9 +426,14 @@ class _Run:
         plans = self.plan(work, calibration.ids)
         spill = self._spill(work, ids.numel())
         recording = record_calls(self.model, self.blocks, rows, spill.states())
-        streams = Streams(recording.hidden, recording.hidden)
-        self.observer.stage("blocks", len(self.blocks))
         unfinished = [i for i in range(len(self.blocks)) if not work.has(block_key(i))]
+        distils = self.recipe.distillation is not None and not work.has("distillation")
+        hidden = recording.hidden
+        if not (unfinished or distils):  # nothing is left that would look at them
+            hidden.close()
+            hidden = HiddenStates()
+        streams = Streams(hidden, hidden)
+        self.observer.stage("blocks", len(self.blocks))
         for i, calls in enumerate(recording.calls):
             with self.report.timed("blocks"), self.loader.loaded(i) as block:
                 feeds = any(i < later for later in unfinished)
@@ -550,7 +544,7 @@ class _Run:
             quantizer.second.close()
             meta["seconds"] = time.monotonic() - started
             kept = {f"norm.{n}": p for n, p in norms_of(block).items()}
-            if self._keeps_latents():
+            if self.recipe.moves_signs_at_the_end:
                 kept |= {f"latent.{n}": x.bfloat16() for n, x in done.latents.items()}
             work.save(key, {**flatten(packed), **kept}, meta)
             if ranks.count() > 1:

@@ -14,7 +14,7 @@ from pbq.config import QuantConfig
 from pbq.disk import size_text
 from pbq.experts import unfuse
 from pbq.forecast import Speed, in_words, seconds
-from pbq.memory import budget, needs, spills
+from pbq.memory import budget, disk_bytes, needs
 from pbq.models import (
     check_coverage,
     find_blocks,
@@ -105,9 +105,6 @@ def plan(
         streams=source.gguf is None,
         budget=allowed,
     )
-    states = estimated.states if spills(estimated.states, allowed) else 0
-    keeps_latents = recipe.distillation is not None and recipe.distillation.latent_lr > 0
-    latents = 2 * weights if keeps_latents else 0
     return PlannedRun(
         model=name,
         method=config.method,
@@ -122,8 +119,7 @@ def plan(
         model_bytes=after,
         model_bytes_before=before,
         memory_bytes=estimated.peak,
-        # finished steps and OUT lie side by side at the end
-        disk_bytes=after + packed + latents + states,
+        disk_bytes=disk_bytes(model, config, recipe, estimated, bits=bits, budget=allowed),
         seconds=seconds(
             shapes,
             model.get_output_embeddings().weight.numel(),

@@ -105,7 +105,6 @@ def _train(
         schedule.step(model(row, labels=row, use_cache=False).loss)
         if progress:
             progress(step + 1, steps)
-    model.eval()
     return before, _score(model, judged)
 
 

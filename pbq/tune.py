@@ -74,6 +74,11 @@ class Recipe:
     block: BlockTuning | None = None
     distillation: Distillation | None = None
 
+    @property
+    def moves_signs_at_the_end(self) -> bool:
+        """Does the distillation need the weights as they were before they were rounded?"""
+        return self.distillation is not None and self.distillation.latent_lr > 0
+
 
 def relative_error(y: Tensor, target: Tensor) -> Tensor:
     """Mean over tokens of log(1 + |y - t|²/|t|²): no token decides alone.

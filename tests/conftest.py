@@ -6,6 +6,7 @@ once a session: copy it before changing it), `random_packed(n, k, tiers, ...)` a
 random bits. `packed_model(name)` is a tiny model with such weights in every block linear,
 `packed_checkpoint(name)` the directory it was saved to, tokenizer included (copy before changing);
 `packed_with_everything` one of a single block with every kind of tensor and a product of factors.
+`text` is a short file and `source` the tiny Llama, for runs of a second.
 `shared_data` is the folder of real text, `real_gguf` a real small model; both skip when absent.
 """
 
@@ -231,6 +232,20 @@ def build_random_packed(
         "overlay_scale": halves(n) / 50,
     }
     return PackedWeight(layout, {name: every[name] for name in layout.tensors()})
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 2,800 characters, as many tokens to the tiny tokenizer."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("Sphinx of black quartz, judge my vow. 1, 2, 3! " * 60)
+    return path
+
+
+@pytest.fixture(scope="session")
+def source(tiny_checkpoint: Callable[[str], Path]) -> Path:
+    """The tiny Llama; copy before changing."""
+    return tiny_checkpoint("llama")
 
 
 @pytest.fixture(scope="session")

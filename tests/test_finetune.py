@@ -23,19 +23,6 @@ from pbq.hf import packed_linears
 from pbq.tunable import TunableWeight
 from pbq.tune import held_out
 
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("Sphinx of black quartz, judge my vow. 1, 2, 3! " * 60)
-    return path
-
-
-@pytest.fixture(scope="module")
-def source(tiny_checkpoint: Callable[[str], Path]) -> Path:
-    return tiny_checkpoint("llama")
-
-
 Made = Callable[[bool], Path]
 
 

@@ -25,18 +25,6 @@ from pbq_kernels.reference import dequantize
 pytest.importorskip("peft")
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("Sphinx of black quartz, judge my vow. 1, 2, 3! " * 60)
-    return path
-
-
-@pytest.fixture(scope="module")
-def source(tiny_checkpoint: Callable[[str], Path]) -> Path:
-    return tiny_checkpoint("llama")
-
-
 def config(text: Path, **options: Any) -> QuantConfig:
     return QuantConfig(method="ptq161", bits=3.5, effort="fast", nsamples=8, seqlen=32,
                        calib=str(text), **options)  # fmt: skip

@@ -165,6 +165,8 @@ def recipe_of(method: Method, config: QuantConfig) -> Recipe:
         distillation = dataclasses.replace(distillation, steps=config.distil_steps)
     return dataclasses.replace(
         found,
+        # aimed at the original's outputs, weights that start elsewhere would become its own again
+        compensate=found.compensate and not config.preprocess,
         block=block if block and block.epochs else None,
         distillation=distillation if distillation and distillation.steps else None,
     )

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pbq.allocate import LayerPlan, PlanInput, budget, largest, too_few_bits
+from pbq.allocate import LayerPlan, PlanInput, largest, stored_budget, too_few_bits
 from pbq.config import QuantConfig
 from pbq.gptq import quantize_weight
 from pbq.grid import Factors, Grid, QuantizedWeight, TierGrid, fit_planes, stored
@@ -62,7 +62,7 @@ class NanoQuant:
         plans, left = {}, 0.0
         for name, layer in layers.items():
             n, k = layer.shape
-            left += budget(config.bits, n * k)
+            left += stored_budget(config.bits, n * k)
             rank = _paper_rank(n, k, config.bits) if self.faithful else _rank(n, k, left)
             plans[name] = _plan(k, rank)
             left -= plans[name].layout(n).stored_bits

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pbq.allocate import LayerPlan, PlanInput, budget, plan_each, too_few_bits
+from pbq.allocate import LayerPlan, PlanInput, plan_each, stored_budget, too_few_bits
 from pbq.config import QuantConfig
 from pbq.grid import Grid, fit_uniform
 from pbq.methods import refuse_options
@@ -74,7 +74,7 @@ def _finest(
 ) -> Tier | None:
     for planes in range(most, LEAST_PLANES - 1, -1):
         whole = tier(planes, k, config.group_size)
-        spare = budget(config.bits, n * k) - WeightLayout(n, k, (whole,)).stored_bits
+        spare = stored_budget(config.bits, n * k) - WeightLayout(n, k, (whole,)).stored_bits
         if spare < 0:
             continue
         if config.group_size != -1:
