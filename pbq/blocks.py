@@ -25,7 +25,7 @@ from pbq.experts import Experts, find_experts
 from pbq.grid import Quantized
 from pbq.hessian import cholesky, proxy_loss
 from pbq.methods import Method, rebuild
-from pbq.models import run_block, set_weight, shared_inputs, weight_of
+from pbq.models import before_forward, run_block, set_weight, shared_inputs, weight_of
 from pbq.routing import Routed, Share, shares, watch_routing
 from pbq.spill import HiddenStates, Spill
 from pbq.tune import Recipe, held_out
@@ -96,20 +96,13 @@ def watch(
     """Collect the first positional input of the named submodules during the forwards inside."""
     seen: dict[str, Tensor] = {}
 
-    def hook(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen[name] = args[0].detach()
-            if name == stop_at:
-                raise _Stop
+    def note(name: str, args: tuple[Any, ...]) -> None:
+        seen[name] = args[0].detach()
+        if name == stop_at:
+            raise _Stop
 
-        return note
-
-    handles = [block.get_submodule(n).register_forward_pre_hook(hook(n)) for n in names]
-    try:
+    with before_forward({n: block.get_submodule(n) for n in names}, note):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -491,6 +491,23 @@ def _map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 @torch.no_grad()
+@contextmanager
+def before_forward(
+    modules: Mapping[str, nn.Module], note: Callable[[str, tuple[Any, ...]], None]
+) -> Iterator[None]:
+    """note(name, positional arguments) before every forward of the modules inside."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, args: note(name, args)
+
+    handles = [m.register_forward_pre_hook(hook(name)) for name, m in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def shared_inputs(
     block: nn.Module, hidden: Tensor, call: Call, linears: Mapping[str, nn.Module] | None = None
 ) -> list[tuple[str, ...]]:
@@ -503,20 +520,13 @@ def shared_inputs(
     groups: dict[tuple[Any, ...], list[str]] = {}
     alive: list[Tensor] = []
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
-            alive.append(x)  # else the address could be given to the next input
-            groups.setdefault((x.data_ptr(), x.shape, x.stride(), x._version), []).append(name)
+    def note(name: str, args: tuple[Any, ...]) -> None:
+        x = args[0]
+        alive.append(x)  # else the address could be given to the next input
+        groups.setdefault((x.data_ptr(), x.shape, x.stride(), x._version), []).append(name)
 
-        return hook
-
-    handles = [m.register_forward_pre_hook(note(name)) for name, m in linears.items()]
-    try:
+    with before_forward(linears, note):
         run_block(block, hidden[:1], call)
-    finally:
-        for handle in handles:
-            handle.remove()
     idle = linears.keys() - {name for group in groups.values() for name in group}
     if idle:
         raise ModelError(f"{type(block).__name__}: {min(idle)} does not take part in the forward")

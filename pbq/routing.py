@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pbq.experts import borrowed, routed
+from pbq.models import before_forward
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,18 +44,11 @@ def watch_routing(block: nn.Module, names: Sequence[str]) -> Iterator[dict[str, 
     """Collect what reaches the named `Experts` of the block during the forwards inside."""
     seen: dict[str, Routed] = {}
 
-    def hook(name: str) -> Any:
-        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen[name] = Routed(*(arg.detach() for arg in args[:3]))
+    def note(name: str, args: tuple[Tensor, ...]) -> None:
+        seen[name] = Routed(*(arg.detach() for arg in args[:3]))
 
-        return note
-
-    handles = [block.get_submodule(n).register_forward_pre_hook(hook(n)) for n in names]
-    try:
+    with before_forward({n: block.get_submodule(n) for n in names}, note):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def shares(batches: Sequence[Routed], experts: int, least: int) -> list[Share]:

@@ -43,28 +43,29 @@ class Rates:
     analytic: bool = False
 
 
+_FREE = Rates()
+
+
 class TunableWeight(nn.Module):
     """A QuantizedWeight whose numbers, and with `latent` whose codes, can be trained.
 
     Kept transposed, a tier being consecutive rows [c, n]: columns of W are rows here, so that
     putting them back in order copies whole rows. Scales train as factors around 1, which
-    gives every row and plane the same relative step. `only_planes`: see Rates. dtype: of the weight
-    that comes out, the model's own. analytic: see Rates, where there are latent weights.
+    gives every row and plane the same relative step. rates: what trains and what follows from the
+    rest. dtype: of the weight that comes out, the model's own.
     """
 
     def __init__(
         self,
         qw: QuantizedWeight,
         latent: Tensor | None = None,
-        only_planes: int | None = None,
+        rates: Rates = _FREE,
         dtype: torch.dtype = torch.float32,
-        *,
-        analytic: bool = False,
     ) -> None:
         super().__init__()
-        self.dtype, self.analytic = dtype, analytic
+        self.dtype, self.analytic = dtype, rates.analytic
         self.tiers, self.tier_of = qw.tiers, qw.tier_of
-        self._trained = [only_planes in (None, tier.planes) for tier in qw.tiers]
+        self._trained = [rates.only_planes in (None, tier.planes) for tier in qw.tiers]
         order = torch.argsort(qw.tier_of, stable=True)
         self._order, self._inverse = order, torch.argsort(order)
         self._group_of = [t.group_of_column().to(order.device) for t in qw.tiers]
@@ -257,10 +258,8 @@ class TunableFactors(nn.Module):
         self,
         qw: Factors,
         latent: Tensor | None = None,
-        only_planes: int | None = None,
+        rates: Rates = _FREE,
         dtype: torch.dtype = torch.float32,
-        *,
-        analytic: bool = False,
     ) -> None:
         super().__init__()
         starts: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -271,7 +270,7 @@ class TunableFactors(nn.Module):
                 least_squares(latent.T, outer.T, None, LATENT_DAMPING).T,
             )
         self.outer, self.inner = (
-            TunableWeight(part, start, only_planes, dtype, analytic=analytic)
+            TunableWeight(part, start, rates, dtype)
             for part, start in zip((qw.outer, qw.inner), starts, strict=True)
         )
 
@@ -303,11 +302,10 @@ def tunable(
     found: dict[str, Tunable] = {}
     for name, qw in weights.items():
         start = latent(name) if rates.latent_lr else None
-        arguments = start, rates.only_planes, dtype(name)
         if isinstance(qw, Factors):
-            found[name] = TunableFactors(qw, *arguments, analytic=rates.analytic)
+            found[name] = TunableFactors(qw, start, rates, dtype(name))
         else:
-            found[name] = TunableWeight(qw, *arguments, analytic=rates.analytic)
+            found[name] = TunableWeight(qw, start, rates, dtype(name))
     return found
 
 

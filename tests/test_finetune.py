@@ -20,7 +20,7 @@ from pbq.config import QuantConfig
 from pbq.errors import ResourceError, UsageError
 from pbq.finetune import Training, finetune
 from pbq.hf import packed_linears
-from pbq.tunable import TunableWeight
+from pbq.tunable import Rates, TunableWeight
 from pbq.tune import held_out
 
 Made = Callable[[bool], Path]
@@ -164,7 +164,7 @@ def test_an_analytic_scale_is_the_mean_size_of_what_is_on_the_grid(out: Path) ->
     latent = qw.dequantize() + 0.01 * torch.randn(
         qw.codes.shape, generator=torch.Generator().manual_seed(0)
     )
-    found = TunableWeight(qw, latent, analytic=True)
+    found = TunableWeight(qw, latent, Rates(analytic=True))
     (numbers,) = found.freeze().grids
     started = found.latent[0].detach().T[:, torch.argsort(torch.argsort(qw.tier_of, stable=True))]
     on_grid = ~qw.overlay.mask

@@ -226,7 +226,7 @@ def test_only_the_tiers_asked_for_move(random_packed: RandomPacked) -> None:
     tiers = (Tier(1, 20, offset=True), Tier(4, -1, tied=True, offset=True))
     qw = drawn(random_packed, tiers, column_scale=True)
     rates = BlockTuning(epochs=1, lr=0.01, row_lr=0.02, offsets=False, only_planes=1)
-    weight = TunableWeight(qw, only_planes=1)
+    weight = TunableWeight(qw, rates=rates)
     schedule = Schedule(weight.groups(rates), 5, constant=True)
     for _ in range(5):
         schedule.step(weight().sum())
