@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from pbq import preprocessing
+from pbq import methods, preprocessing
+from pbq.allocate import ChannelStats, PlanInput
 from pbq.calibrate import STATISTICS_ROWS
 from pbq.config import QuantConfig
 from pbq.tune import STEP_TOKENS, Recipe
@@ -20,16 +22,66 @@ EFFICIENCY = 0.6
 INPUTS_PER_LINEAR = 4 / 7
 
 
+# Two layers [n, k] that are rounded to learn what rounding takes, with at least so many bits: of
+# layers this small the scales alone need more than is asked of a model.
+TRIALS = (64, 256), (512, 256)
+TRIAL_BITS = 2.5
+
+
 @dataclass(frozen=True)
 class Speed:
-    """Floating-point operations a second of a large matmul: in the model's dtype, in float32."""
+    """What this machine does in a second.
+
+    model, single: floating-point operations of a large matmul, in the model's dtype and in float32.
+    column, entry: seconds that rounding takes beside its matmuls, for each column of a linear
+    (calls to small operations, whose size hardly matters) and each weight.
+    """
 
     model: float
     single: float
+    column: float = 0.0
+    entry: float = 0.0
 
     @staticmethod
-    def measure(dtype: torch.dtype, device: torch.device) -> Speed:
-        return Speed(_matmul_rate(dtype, device), _matmul_rate(torch.float32, device))
+    def measure(
+        dtype: torch.dtype, device: torch.device, recipe: Recipe, config: QuantConfig
+    ) -> Speed:
+        """Takes about a second. Weights in the product form round no columns."""
+        found = Speed(_matmul_rate(dtype, device), _matmul_rate(torch.float32, device))
+        if recipe.factors:
+            return found
+        config = dataclasses.replace(config, bits=max(config.bits, TRIAL_BITS))
+        (few, k), (many, _) = TRIALS
+        small, large = (
+            _rounding_seconds(n, k, device, recipe, config)
+            - _rounding_operations(n, k) / found.single / EFFICIENCY
+            for n in (few, many)
+        )
+        entry = max(0.0, large - small) / (k * (many - few))
+        return dataclasses.replace(found, entry=entry, column=max(0.0, small / k - entry * few))
+
+
+def _rounding_seconds(
+    n: int, k: int, device: torch.device, recipe: Recipe, config: QuantConfig
+) -> float:
+    """Of one linear [n, k] of random weights and inputs."""
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(n, k, generator=generator).to(device)
+    X = torch.randn(2 * k, k, generator=generator) * torch.linspace(0.2, 2, k)
+    X = X.to(device)
+    H = X.T @ X / len(X)
+    stats = ChannelStats(H.diagonal(), X.abs().amax(0), X.abs().mean(0), torch.ones_like(W[:, 0]))
+    method = methods.get(config.method, config)
+    plan = method.plan({"trial": PlanInput(W, stats)}, config)["trial"]
+    started = time.perf_counter()
+    rebuilt, _, _ = methods.rebuild(method, recipe, config, plan, W, H)
+    float(rebuilt.dequantize()[0, 0])  # waits for the device
+    return time.perf_counter() - started
+
+
+def _rounding_operations(n: int, k: int) -> float:
+    """Closed form, error feedback, joint scales and a sweep over the codes: about 12 n k²."""
+    return 12 * n * k * k + 3 * k**3
 
 
 def _matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
@@ -62,8 +114,7 @@ def seconds(
     # both streams once; the quantized one again for each input, half a block on average
     forwards = 2 * 2 * weights * tokens + 4 * weights * fitted
     moments = sum(2 * k * k * fitted * INPUTS_PER_LINEAR for _, k in shapes.values())
-    # closed form, error feedback, joint scales and a sweep over the codes: about 12 n k² a linear
-    rounding: float = sum(12 * n * k * k + 3 * k**3 for n, k in shapes.values())
+    rounding = sum(_rounding_operations(n, k) for n, k in shapes.values())
     rounding += sum(_factoring(n, k, config.bits) for n, k in shapes.values()) * recipe.factors
     blocks = (forwards + moments) / speed.model + (moments + rounding) / speed.single
     found = {"statistics": statistics / speed.model, "blocks": blocks}
@@ -78,7 +129,9 @@ def seconds(
         again = 0 if config.calib == "self" else 2 * weights
         step = STEP_TOKENS * (6 * weights + again + 8 * head)
         found["distillation"] = recipe.distillation.steps * step / speed.model
-    return {stage: time / EFFICIENCY for stage, time in found.items()}
+    found = {stage: time / EFFICIENCY for stage, time in found.items()}
+    found["blocks"] += sum(k * speed.column + n * k * speed.entry for n, k in shapes.values())
+    return found
 
 
 def _factoring(n: int, k: int, bits: float) -> float:

@@ -147,7 +147,8 @@ def quantize(
         with shared as work, _dropping_what_was_refused(work):
             check_space(work.path, run.disk_bytes())
             shown.line(f"quantizing {report.coverage}")
-            shown.line(run.forecast())
+            if not isinstance(shown, Silent):  # it takes a second to find out
+                shown.line(run.forecast())
             calibration = run.calibration(work)
             ranks.first(lambda: run.preprocess(work, calibration))
             if text is not None:
@@ -278,7 +279,7 @@ class _Run:
         first = next(iter(weights.values()))
         head = self.model.get_output_embeddings().weight.numel()
         shapes = {name: (W.shape[0], W.shape[1]) for name, W in weights.items()}
-        speed = Speed.measure(first.dtype, self.loader.device)
+        speed = Speed.measure(first.dtype, self.loader.device, self.recipe, self.config)
         found = seconds(shapes, head, self.config, self.recipe, speed)
         return f"about {in_words(found)} at this machine's present speed"
 

@@ -125,7 +125,7 @@ def plan(
             model.get_output_embeddings().weight.numel(),
             config,
             recipe,
-            Speed.measure(next(model.parameters()).dtype, device),
+            Speed.measure(next(model.parameters()).dtype, device, recipe, config),
         ),
     )
 

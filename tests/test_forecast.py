@@ -46,6 +46,16 @@ def test_steps_of_admm_by_hand():
     assert factored - plain == pytest.approx(7 * step / 1000 / EFFICIENCY)
 
 
+def test_columns_and_weights_cost_beside_their_arithmetic():
+    config, slow = (
+        QuantConfig(nsamples=4, seqlen=100),
+        dataclasses.replace(SPEED, column=3, entry=5),
+    )
+    plain, found = (seconds(SHAPES, 50, config, Recipe(), speed) for speed in (SPEED, slow))
+    assert found["blocks"] - plain["blocks"] == pytest.approx(3 * 30 + 5 * 500)
+    assert found["statistics"] == plain["statistics"]
+
+
 def test_more_effort_takes_longer():
     found = []
     for effort in ("fast", "default", "best"):
@@ -56,9 +66,18 @@ def test_more_effort_takes_longer():
 
 
 def test_the_speed_of_this_machine_is_one_a_machine_can_have():
-    speed = Speed.measure(torch.bfloat16, torch.device("cpu"))
+    speed = measured("waterfill")
     assert 1e7 < speed.model < 1e16
     assert 1e7 < speed.single < 1e16
+    assert 1e-7 < speed.column < 0.1
+    assert 0 <= speed.entry < 1e-3
+    assert measured("nanoquant").column == 0.0
+
+
+def measured(name: str) -> Speed:
+    config = QuantConfig(name, bits=1.02)  # fewer than the scales of the trial's layers need
+    recipe = methods.recipe_of(methods.get(name, config), config)
+    return Speed.measure(torch.bfloat16, torch.device("cpu"), recipe, config)
 
 
 @pytest.mark.parametrize(
