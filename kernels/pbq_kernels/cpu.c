@@ -19,6 +19,8 @@
 #include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
+#else
+static int omp_get_thread_num(void) { return 0; }
 #endif
 #ifdef __x86_64__
 #include <cpuid.h>
@@ -921,14 +923,37 @@ EXPORT void pbq_repack(const Weight *w, const uint8_t *stored, uint32_t *out, in
   }
 }
 
-/* Rows [row, row + rows) into out [rows, columns], the columns of w's groups in stored order. */
+/* out[to[c]] = from[c] for numbers of so many bytes. */
+INLINE void scatter(const char *restrict from, const int64_t *restrict to, int64_t columns,
+                    int64_t size, char *restrict out) {
+  for (int64_t c = 0; c < columns; c++)
+    if (size == 4)
+      ((uint32_t *)out)[to[c]] = ((const uint32_t *)from)[c];
+    else
+      ((uint16_t *)out)[to[c]] = ((const uint16_t *)from)[c];
+}
+
+/* Rows [row, row + rows) into out [rows, columns]: the columns of w's groups in stored order, or
+ * where `to` puts them. `line` has room for a row of each thread, if there is a `to`. */
 EXPORT void pbq_decode(const Weight *w, int64_t row, int64_t rows, int64_t columns, int dtype,
-                       void *out, int threads) {
+                       const int64_t *to, void *line, void *out, int threads) {
   const Variant *v = variant(w->variant);
-  const int64_t row_size = columns * size_of(dtype);
+  const int64_t size = size_of(dtype), row_size = columns * size;
   (void)threads; /* without OpenMP */
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < rows; i++) v->decode_row(w, row + i, dtype, (char *)out + i * row_size);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    char *mine = (char *)line + omp_get_thread_num() * row_size;
+#pragma omp for
+    for (int64_t i = 0; i < rows; i++) {
+      char *there = (char *)out + i * row_size;
+      v->decode_row(w, row + i, dtype, to ? mine : there);
+      if (!to) continue;
+      if (size == 4)
+        scatter(mine, to, columns, 4, there);
+      else
+        scatter(mine, to, columns, 2, there);
+    }
+  }
 }
 
 INLINE void gather_as(const int32_t *restrict column, const void *restrict x, int dtype,

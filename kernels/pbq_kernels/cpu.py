@@ -33,16 +33,18 @@ BUILD = "`python -m pbq_kernels.cpu_build` builds it where there is a C compiler
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MODES = {"exact": 0, "int8": 1}
 _WORD = 32  # positions of x kept for one weight word
-# What `_least_dense_planes` compares, in 1e9 a second on one thread of a Zen 4 core: lookups of one
-# plane (multiplications), decoding with all that goes with it (weights), torch's matrix products
-# (multiplications).
+# What `_nanoseconds` adds up, in 1e9 a second on one thread of a Zen 4 core: lookups of one plane
+# (multiplications), decoding (weights), torch's matrix products (multiplications), choosing columns
+# of x and adding to its products (numbers), overlay entries (of a token, and of a decoded weight).
 _RATES = {
     "avx512vnni": (135.0, 2.0),
     "avx512": (135.0, 2.0),
     "avx2": (75.0, 0.8),
     "portable": (10.0, 0.5),
 }
-_PRODUCT = {torch.float32: 40.0, torch.bfloat16: 85.0, torch.float16: 1.0}
+_PRODUCT = {torch.float32: 40.0, torch.bfloat16: 95.0, torch.float16: 1.0}
+_GATHERED, _ADDED = 0.4, 1.0
+_OVERLAY_LOOKUPS, _OVERLAY_DECODING = 1.1, 0.1
 _AMX_BFLOAT16_PRODUCT = 800.0  # not measured: AMX has ten times the peak of the vector units
 # Up to so many tokens, or multiplications (tokens times weights), decoding never pays.
 _MOST_LOOKUP_TOKENS = 31
@@ -114,7 +116,9 @@ def _declare(library: ctypes.CDLL) -> None:
     library.pbq_variant_name.restype = ctypes.c_char_p
     library.pbq_repack.argtypes = [pointer, pointer, pointer, integer]
     library.pbq_repack.restype = None
-    library.pbq_decode.argtypes = [pointer, wide, wide, wide, integer, pointer, integer]
+    library.pbq_decode.argtypes = [
+        *(pointer, wide, wide, wide, integer, pointer, pointer, pointer, integer)
+    ]
     library.pbq_decode.restype = None
     library.pbq_matmul.argtypes = [
         *(pointer, integer, pointer, integer, wide, pointer, integer, integer)
@@ -144,8 +148,7 @@ class _Overlay:
     """Entries that replace single weights, as what they add to the planes below them, by row."""
 
     start: Tensor  # int64 [n + 1]
-    column: Tensor  # int32 [overlay]: of x
-    stored: Tensor  # int32 [overlay]: of the decoded weight
+    column: Tensor  # int32 [overlay]
     delta: Tensor  # float32 [overlay]
 
 
@@ -173,6 +176,7 @@ class CpuWeight:
     column: Tensor  # int32 [positions of x]
     column_scale: Tensor | None  # float32 [positions of x]
     overlay: _Overlay | None = None
+    overlay_tokens: int = 2**62  # more are quicker decoded with the weight than looked up
 
     def __post_init__(self) -> None:
         self.address = ctypes.addressof(self.whole.struct)
@@ -244,15 +248,16 @@ def repack(pw: PackedWeight, library: ctypes.CDLL, variant: int) -> CpuWeight:
 
 def _add_overlay(weight: CpuWeight, pw: PackedWeight) -> None:
     rows, columns = overlay_positions(pw.layout, pw.tensors)
-    stored = torch.argsort(pw.permutation())[columns]
     delta = pw.tensors["overlay_value"].float() * pw.tensors["overlay_scale"].float()[rows]
     start = torch.zeros(weight.n + 1, dtype=torch.int64)
     start[1:] = torch.cumsum(pw.tensors["overlay_count"], 0)
     for tile_rows, tile in _decoded_tiles(weight, weight.whole, torch.float32):
         entries = slice(int(start[tile_rows.start]), int(start[tile_rows.stop]))
-        delta[entries] -= tile[rows[entries] - tile_rows.start, stored[entries]]
-    overlay = _Overlay(start, columns.to(torch.int32), stored.to(torch.int32), delta)
+        delta[entries] -= tile[rows[entries] - tile_rows.start, columns[entries]]
+    overlay = _Overlay(start, columns.to(torch.int32), delta)
     weight.overlay = overlay
+    decoding = weight.n * weight.k / _RATES[weight.variant][1] + len(delta) / _OVERLAY_DECODING
+    weight.overlay_tokens = int(decoding * _OVERLAY_LOOKUPS / len(delta))
     struct = weight.whole.struct
     struct.overlay_start = overlay.start.data_ptr()
     struct.overlay_column = overlay.column.data_ptr()
@@ -386,7 +391,7 @@ def _multiply(x: Tensor, weight: CpuWeight, mode: int) -> Tensor:
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], n))
     few = m <= _MOST_LOOKUP_TOKENS or m * n * k <= _MOST_LOOKUPS
-    if x.dtype in _DTYPES and (few or mode == _MODES["int8"]):
+    if x.dtype in _DTYPES and ((few and m <= weight.overlay_tokens) or mode == _MODES["int8"]):
         _look_up(x, weight, weight.address, mode, m, y)
     else:
         _multiply_many(x.view(m, k), weight, y.view(m, n))
@@ -403,13 +408,32 @@ def _look_up(x: Tensor, weight: CpuWeight, address: int, mode: int, m: int, y: T
 
 
 def _least_dense_planes(weight: CpuWeight, m: int, dtype: torch.dtype) -> int:
-    """From so many planes on, decoding and a matrix product beat lookups, which pay each plane."""
+    """Groups of so many planes are decoded for a matrix product; lookups pay each plane."""
     if dtype not in _DTYPES:
         return 0
+    return min(
+        {0, *(group.planes + 1 for group in weight.whole.groups)},
+        key=lambda planes: _nanoseconds(weight, planes, m, dtype),
+    )
+
+
+def _nanoseconds(weight: CpuWeight, planes: int, m: int, dtype: torch.dtype) -> float:
+    """What one of m tokens takes when groups of at least so many planes are decoded."""
     lookups, decoding = _RATES[weight.variant]
     amx = dtype == torch.bfloat16 and weight.library.pbq_has_amx()
     product = _AMX_BFLOAT16_PRODUCT if amx else _PRODUCT[dtype]
-    return math.ceil(lookups * (1 / product + 1 / (decoding * m)))
+    few, many = weight.parts(planes)
+    found = 0.0
+    if few:
+        found += weight.n * sum(g.planes * g.columns for g in few.groups) / lookups
+    if many:
+        found += weight.n * len(many.columns) * (1 / product + 1 / (decoding * m))
+    if few and many:
+        found += len(many.columns) / _GATHERED + weight.n / _ADDED
+    if weight.overlay:
+        entries = len(weight.overlay.delta)
+        found += entries / _OVERLAY_LOOKUPS if few else entries / (_OVERLAY_DECODING * m)
+    return found
 
 
 def _multiply_many(x: Tensor, weight: CpuWeight, y: Tensor) -> None:
@@ -421,8 +445,12 @@ def _multiply_many(x: Tensor, weight: CpuWeight, y: Tensor) -> None:
         sums = torch.empty_like(y, dtype=torch.float32) if many else y
         _look_up(x, weight, ctypes.addressof(few.struct), _MODES["exact"], len(x), sums)
     if many:
-        x = x.index_select(1, many.columns)
+        if many is not weight.whole:
+            x = x.index_select(1, many.columns)
         for rows, tile in _decoded_tiles(weight, many, x.dtype):
+            if sums is None and len(tile) == weight.n:
+                torch.mm(x, tile.T, out=y)
+                continue
             product = torch.nn.functional.linear(x, tile)
             if sums is None:
                 y[:, rows] = product
@@ -433,19 +461,24 @@ def _multiply_many(x: Tensor, weight: CpuWeight, y: Tensor) -> None:
 def _decoded_tiles(
     weight: CpuWeight, part: _Part, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, dense weight of those rows and the part's columns, in stored order), tile after tile.
+    """(rows, dense weight of those rows), tile after tile.
 
-    One buffer is used again and again: a tile is valid until the next is asked for. The overlay is
-    added to the whole weight only: where the weight is split, lookups add it.
+    The whole weight has x's columns and its overlay; a part of it has its own columns in stored
+    order, and lookups add the overlay. One buffer is used again and again: a tile is valid until
+    the next is asked for.
     """
     n, k = weight.n, len(part.columns)
     stored = dtype if dtype in _DTYPES else torch.float32
     rows = min(n, max(64, _TILE_WEIGHTS // k))
     buffer = torch.empty(rows, k, dtype=stored)
     address, code, threads = ctypes.addressof(part.struct), _DTYPES[stored], torch.get_num_threads()
+    line = torch.empty(threads, k, dtype=stored)
+    order = part.columns.data_ptr() if part is weight.whole else None
     for begin in range(0, n, rows):
         tile = buffer[: n - begin]
-        weight.library.pbq_decode(address, begin, len(tile), k, code, tile.data_ptr(), threads)
+        weight.library.pbq_decode(
+            *(address, begin, len(tile), k, code, order, line.data_ptr(), tile.data_ptr(), threads)
+        )
         if weight.overlay and part is weight.whole:
             _overlay_tile(tile, weight.overlay, begin)
         yield slice(begin, begin + len(tile)), tile.to(dtype)
@@ -455,7 +488,7 @@ def _overlay_tile(tile: Tensor, overlay: _Overlay, begin: int) -> None:
     start = overlay.start[begin : begin + len(tile) + 1]
     entries = slice(int(start[0]), int(start[-1]))
     rows = torch.repeat_interleave(torch.arange(len(tile)), start.diff())
-    tile[rows, overlay.stored[entries].long()] += overlay.delta[entries].to(tile.dtype)
+    tile[rows, overlay.column[entries].long()] += overlay.delta[entries].to(tile.dtype)
 
 
 class _Multiply(torch.autograd.Function):
@@ -475,5 +508,4 @@ class _Multiply(torch.autograd.Function):
         grad_x = torch.zeros(len(flat), weight.k, dtype=sums)
         for rows, tile in _decoded_tiles(weight, weight.whole, grad.dtype):
             grad_x += flat[:, rows] @ tile
-        grad_x = torch.empty_like(grad_x).index_copy_(1, weight.whole.columns, grad_x)
         return grad_x.to(grad.dtype).view(*grad.shape[:-1], weight.k), None, None

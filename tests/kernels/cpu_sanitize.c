@@ -99,12 +99,15 @@ static void run(int index, int64_t n, int64_t m, const Tier *tiers, int count, i
   w.data = exactly(data, tiles * w.stream * w.tile * 4);
   if (pbq_matmul(&w, mode, x, dtype, m, out, dtype, threads)) exit(2);
   for (int64_t i = 0; i < m * n; i++) y[i] = load(out, i, dtype);
-  char *dense = malloc(n * w.k * element);
-  pbq_decode(&w, 0, n, w.k, dtype, dense, threads);
+  char *dense = malloc(n * w.k * element), *line = malloc(threads * w.k * element);
+  int64_t *to = malloc(w.k * sizeof(int64_t));
+  for (int64_t c = 0; c < w.k; c++) to[c] = w.k - 1 - c;
+  pbq_decode(&w, 0, n, w.k, dtype, NULL, NULL, dense, threads);
+  pbq_decode(&w, 0, n, w.k, dtype, to, line, dense, threads);
 
   void *all[] = {(void *)w.group, stored,         scale,         x,    out,
                  overlay_start,   overlay_column, overlay_delta, data, (void *)w.column,
-                 (void *)w.scale, (void *)w.data, dense};
+                 (void *)w.scale, (void *)w.data, dense, line, to};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 

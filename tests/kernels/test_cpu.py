@@ -241,11 +241,12 @@ def test_decoding_equals_the_reference_to_the_bit(
 ) -> None:
     n, k, tiers = SHAPES[shape]
     pw = random_packed(n, k, tiers, column_scale=n == 33)
+    torch.set_num_threads(3)
     weight = CpuBackend("cpu", variant=variant).prepare(pw)
     decoded = torch.cat(
         [tile.clone() for _, tile in cpu._decoded_tiles(weight, weight.whole, dtype)]
     )
-    assert torch.equal(decoded, dequantize(pw, dtype)[:, pw.permutation()])
+    assert torch.equal(decoded, dequantize(pw, dtype))
 
 
 @pytest.mark.parametrize("overlay", [0.0, 0.1])
@@ -270,15 +271,33 @@ def test_many_tokens_split_by_planes(
 def test_how_many_planes_are_worth_decoding(
     random_packed: RandomPacked, monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL
 ) -> None:
-    weight = repack(random_packed(32, 64), library, 0)
+    weight = repack(random_packed(32, 64, (Tier(1, 40), Tier(4, 24))), library, 0)
     weight.variant = "avx512vnni"
     monkeypatch.setattr(weight, "library", types.SimpleNamespace(pbq_has_amx=lambda: 0))
-    bfloat16 = [cpu._least_dense_planes(weight, m, torch.bfloat16) for m in (32, 64, 4096)]
-    assert bfloat16 == [4, 3, 2]
-    assert cpu._least_dense_planes(weight, 4096, torch.float32) == 4
+    # 136 bits a row at 135e9 a second; decoded, 64 weights at 95e9 and, shared by m, at 2e9
+    assert cpu._nanoseconds(weight, 5, 100, torch.bfloat16) == pytest.approx(32 * 136 / 135)
+    assert cpu._nanoseconds(weight, 0, 100, torch.bfloat16) == pytest.approx(
+        32 * 64 * (1 / 95 + 1 / 200)
+    )
+    split = 32 * 40 / 135 + 32 * 24 * (1 / 95 + 1 / 200) + 24 / 0.4 + 32
+    assert cpu._nanoseconds(weight, 2, 100, torch.bfloat16) == pytest.approx(split)
+    chosen = [cpu._least_dense_planes(weight, m, torch.bfloat16) for m in (8, 64, 4096)]
+    assert chosen == [5, 5, 0]
+    assert cpu._least_dense_planes(weight, 4096, torch.float16) == 5
     assert cpu._least_dense_planes(weight, 4096, torch.float64) == 0  # no lookups in float64
     monkeypatch.setattr(weight, "library", types.SimpleNamespace(pbq_has_amx=lambda: 1))
-    assert cpu._least_dense_planes(weight, 512, torch.bfloat16) == 1
+    assert cpu._least_dense_planes(weight, 64, torch.bfloat16) == 0
+
+
+def test_many_overlay_entries_are_worth_decoding(random_packed: RandomPacked) -> None:
+    few, many = (
+        CpuBackend("cpu").prepare(random_packed(256, 512, (Tier(1, 512),), overlay=share))
+        for share in (0.002, 0.1)
+    )
+    assert few.overlay_tokens > 100 and 5 < many.overlay_tokens < 30
+    assert cpu._least_dense_planes(few, 64, torch.bfloat16) > 0
+    assert cpu._least_dense_planes(many, 1, torch.bfloat16) > 0
+    assert cpu._least_dense_planes(many, 64, torch.bfloat16) == 0
 
 
 def test_the_gradient_of_x(random_packed: RandomPacked) -> None:
