@@ -77,7 +77,7 @@ def needs(
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     dense = sum(p.numel() for p in model.parameters()) * width
     resident = dense - (sum(sizes) - max(sizes)) * width if streams else dense
-    states = _state_bytes(model, config.nsamples * config.seqlen, width)
+    states = _state_bytes(model, len(blocks), config.nsamples * config.seqlen, width)
     kept = 0 if spills(states, budget) else states
     block = blocks[sizes.index(max(sizes))]
     working = _block_bytes(block, config, recipe, max(sizes), width)
@@ -95,9 +95,10 @@ def needs(
     return Needs(base + resident + working, whole, states)
 
 
-def _state_bytes(model: PreTrainedModel, tokens: int, width: int) -> int:
+def _state_bytes(model: PreTrainedModel, blocks: int, tokens: int, width: int) -> int:
     hidden = model.get_input_embeddings().weight.shape[1]
-    return _STREAMS * tokens * int(hidden) * width
+    # both streams enter the first block as one, and only the original's leaves the last
+    return min(_STREAMS, blocks + 1) * tokens * int(hidden) * width
 
 
 def _block_bytes(

@@ -12,6 +12,8 @@ from pbq.config import QuantConfig
 from pbq.errors import UsageError
 from pbq.gptq import quantize_weight
 from pbq.grid import QuantizedWeight
+from pbq.methods.gptq import Gptq
+from pbq.methods.rtn import Rtn
 from pbq_kernels import Tier
 
 
@@ -22,9 +24,11 @@ def plan(name: str, n: int, k: int, bits: float, group_size: int = -1) -> LayerP
     return methods.get(name, config).plan({"a": layer}, config)["a"]
 
 
-def quantized(name: str, W: Tensor, H: Tensor, tier: Tier) -> QuantizedWeight:
+def quantized(
+    name: str, W: Tensor, H: Tensor, tier: Tier, *, search: bool = False
+) -> QuantizedWeight:
     config = QuantConfig(method=name, bits=4)
-    method = methods.get(name, config)
+    method = {"rtn": Rtn, "gptq": Gptq}[name](search=search)
     recipe = method.recipe(config)
     assert not recipe.compensate and recipe.block is None and recipe.distillation is None
     qw, _, _ = quantize_weight(
@@ -53,6 +57,22 @@ def test_rounding_to_nearest_by_hand() -> None:
     H = torch.eye(4)
     H[2, 3] = H[3, 2] = 0.5
     assert torch.equal(quantized("rtn", ROW, H, TWO_BITS).dequantize(), qw.dequantize())
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq"])
+def test_the_range_is_searched_where_an_outlier_would_spoil_it(name: str) -> None:
+    """From -1 to 8 in three steps: -1 would be all that the small weights get."""
+    torch.manual_seed(0)
+    W = torch.cat([torch.randn(5, 32), torch.full((5, 1), 6.0)], 1)
+    tier = Tier(2, 33, tied=True, offset=True)
+    error = {
+        search: (quantized(name, W, torch.eye(33), tier, search=search).dequantize() - W)
+        .pow(2)
+        .sum()
+        for search in (True, False)
+    }
+    assert error[True] < 0.85 * error[False]
+    assert methods.get(name, QuantConfig(name, bits=4)) == {"rtn": Rtn, "gptq": Gptq}[name]()
 
 
 def test_gptq_by_hand() -> None:

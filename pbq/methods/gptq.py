@@ -1,7 +1,9 @@
-"""GPTQ (Frantar et al., ICLR 2023, arXiv 2210.17323), as published: the baseline with data.
+"""GPTQ (Frantar et al., ICLR 2023, arXiv 2210.17323): the baseline with data.
 
-The grids of rtn; columns rounded in their own order, each error spread over the columns not yet
-rounded. Nothing of ours: no compensation of earlier layers, no refitted scales, no second sweep.
+The grids of rtn, their range searched by what GPTQ's sweep says of a column's importance (an option
+of GPTQ's code, `mse`, off there); columns rounded in their own order, each error
+spread over the columns not yet rounded.
+Nothing of ours: no compensation of earlier layers, no refitted scales, no second sweep.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pbq.tune import Recipe
 @dataclass(frozen=True)
 class Gptq(Rtn):
     name: str = "gptq"
-    summary: str = "uniform grid with error feedback, 2 bits and more, as published"
+    summary: str = "uniform grid with error feedback, 2 bits and more: the baseline with data"
 
     def recipe(self, config: QuantConfig) -> Recipe:
         return Recipe(sweeps=0, compensate=False, natural_order=True)
