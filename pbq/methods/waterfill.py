@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pbq.allocate import LayerPlan, PlanInput, waterfill, waterfill_each
+from pbq.allocate import LayerPlan, PlanInput, waterfill_each
 from pbq.config import QuantConfig
 from pbq.grid import Grid, fit_planes, fit_symmetric
 from pbq.methods import refuse_options
@@ -31,14 +31,11 @@ class Waterfill:
     name: str = "waterfill"
     summary: str = "0 to 4 planes a channel by damage avoided per bit, distilled end to end"
     wants_gradients: bool = False
-    scope: str = "layer"
 
     def plan(self, layers: Mapping[str, PlanInput], config: QuantConfig) -> dict[str, LayerPlan]:
         damage = {n: x.stats.x_sq * x.w_sq for n, x in layers.items()}
         rows = {n: x.shape[0] for n, x in layers.items()}
-        if self.scope == "model":
-            return waterfill(damage, rows, config.bits, _tiers)
-        return waterfill_each(damage, rows, config.bits, _tiers)
+        return waterfill_each(damage, rows, config.bits, tiers)
 
     def fit(self, W: Tensor, weight: Tensor, tier: Tier, row: Tensor) -> Grid:
         return (
@@ -66,7 +63,8 @@ class Waterfill:
         return payload / sum(rows[n] * len(plan.tier_of) for n, plan in plans.items())
 
 
-def _tiers(counts: list[int]) -> tuple[Tier, ...]:
+def tiers(counts: list[int]) -> tuple[Tier, ...]:
+    """So many columns at 0, 1, ... planes."""
     return tuple(Tier(p, count, tied=p > 1) for p, count in enumerate(counts) if count)
 
 
