@@ -87,6 +87,11 @@ class LayerSummary:
             "tensors": self.nbytes,
         }
 
+    def row(self) -> list[str]:
+        """Its line in the table of a checkpoint."""
+        shape = f"{self.layout.n}x{self.layout.k}"
+        return [self.name, shape, self.columns, f"{self.bits:.4f}", f"{self.total_bytes:,}"]
+
     def grid(self) -> Table:
         """A row for each tier, then one for each stored tensor."""
         tiers = [
@@ -118,7 +123,9 @@ class CheckpointSummary:
     """What a checkpoint stores, from its headers alone.
 
     stored_bits: bits per quantized weight. bits_per_parameter: of the whole model, embeddings and
-    norms included. file_bytes: the weight files, headers included; directory_bytes: every file.
+    norms included. embeddings: what is packed of embeddings and head, which stored_bits and the
+    quantized figures leave out; embed_stored_bits: bits per weight of them. file_bytes: the weight
+    files, headers included; directory_bytes: every file.
     """
 
     method: str
@@ -131,27 +138,23 @@ class CheckpointSummary:
     other_bytes: int
     file_bytes: int
     directory_bytes: int
+    embed_stored_bits: float | None
     layers: tuple[LayerSummary, ...]
+    embeddings: tuple[LayerSummary, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        fields = {name: value for name, value in vars(self).items() if name != "layers"}
-        return {**fields, "layers": [layer.to_dict() for layer in self.layers]}
+        lists = {"layers": self.layers, "embeddings": self.embeddings}
+        fields = {name: value for name, value in vars(self).items() if name not in lists}
+        return {**fields, **{name: [x.to_dict() for x in found] for name, found in lists.items()}}
 
     def grid(self) -> Table:
         """A row for each layer, then the totals."""
-        rows = [
-            [
-                layer.name,
-                f"{layer.layout.n}x{layer.layout.k}",
-                layer.columns,
-                f"{layer.bits:.4f}",
-                f"{layer.total_bytes:,}",
-            ]
-            for layer in self.layers
-        ]
-        others = self.parameters - self.quantized_parameters
+        rows = [layer.row() for layer in self.layers]
+        packed = self.quantized_parameters + _weights(self.embeddings)
+        others = self.parameters - packed
         other_bits = f"{8 * self.other_bytes / others:.4f}" if others else ""
-        every = self.quantized_bytes + self.other_bytes
+        embed_bytes = sum(layer.total_bytes for layer in self.embeddings)
+        every = self.quantized_bytes + embed_bytes + self.other_bytes
         rows += [
             [
                 "all quantized weights",
@@ -160,6 +163,7 @@ class CheckpointSummary:
                 f"{self.stored_bits:.4f}",
                 f"{self.quantized_bytes:,}",
             ],
+            *(layer.row() for layer in self.embeddings),
             ["all other tensors", "", "", other_bits, f"{self.other_bytes:,}"],
             ["the whole model", "", "", f"{self.bits_per_parameter:.4f}", f"{every:,}"],
         ]
@@ -172,6 +176,7 @@ class CheckpointSummary:
 class VerifyReport:
     """A checkpoint that passed: how much was read, what it stores, what is only worth a look.
 
+    embed_stored_bits: of embeddings and head, None where they are not packed.
     unchecked: tensors beside the packed ones for which config.json has no checksum.
     """
 
@@ -180,6 +185,7 @@ class VerifyReport:
     nbytes: int
     stored_bits: float
     asked_bits: float | None
+    embed_stored_bits: float | None
     unchecked: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -187,12 +193,14 @@ class VerifyReport:
         return dict(vars(self))
 
     def rows(self) -> dict[str, Any]:
+        embed = self.embed_stored_bits
         return {
             "quantized layers": self.layers,
             "tensors": self.tensors,
             "bytes of tensors": f"{self.nbytes:,}",
             "stored bits per weight": f"{self.stored_bits:.6f}",
             "asked": "-" if self.asked_bits is None else f"{self.asked_bits:g}",
+            **({"embeddings and head": f"{embed:.6f} stored bits per weight"} if embed else {}),
             "tensors without a checksum": len(self.unchecked),
             **{f"warning {i}": text for i, text in enumerate(self.warnings, 1)},
         }
@@ -200,7 +208,7 @@ class VerifyReport:
 
 def read_layers(out: Path | str) -> dict[str, WeightLayout]:
     """Layout of every quantized layer, by module name, from config.json. Raises CheckpointError."""
-    return _read_config(Path(out)).layouts
+    return _read_config(Path(out)).layers
 
 
 def read_packed(out: Path | str, name: str) -> PackedWeight:
@@ -229,25 +237,34 @@ def inspect(out: Path | str, layer: str | None = None) -> CheckpointSummary | La
 
 def _summary(contents: _Contents) -> CheckpointSummary:
     config = contents.config
-    layers = tuple(_layer_summary(contents, name) for name in config.layouts)
-    quantized_parameters = sum(layer.layout.n * layer.layout.k for layer in layers)
+    layers = tuple(_layer_summary(contents, name) for name in config.layers)
+    embeddings = tuple(_layer_summary(contents, name) for name in config.embeddings)
+    quantized_parameters, embed_parameters = _weights(layers), _weights(embeddings)
     others = [contents.stored[name] for name in contents.stored.keys() - contents.packed_names()]
     quantized_bytes = sum(layer.total_bytes for layer in layers)
+    embed_bytes = sum(layer.total_bytes for layer in embeddings)
     other_bytes = sum(tensor.nbytes for tensor in others)
-    parameters = quantized_parameters + sum(math.prod(tensor.shape) for tensor in others)
+    parameters = quantized_parameters + embed_parameters
+    parameters += sum(math.prod(tensor.shape) for tensor in others)
     return CheckpointSummary(
         method=config.method,
         asked_bits=config.asked_bits,
         stored_bits=8 * quantized_bytes / quantized_parameters,
-        bits_per_parameter=8 * (quantized_bytes + other_bytes) / parameters,
+        bits_per_parameter=8 * (quantized_bytes + embed_bytes + other_bytes) / parameters,
         parameters=parameters,
         quantized_parameters=quantized_parameters,
         quantized_bytes=quantized_bytes,
         other_bytes=other_bytes,
         file_bytes=sum(file.stat().st_size for file in contents.files),
         directory_bytes=sum(p.stat().st_size for p in contents.out.rglob("*") if p.is_file()),
+        embed_stored_bits=8 * embed_bytes / embed_parameters if embeddings else None,
         layers=layers,
+        embeddings=embeddings,
     )
+
+
+def _weights(layers: tuple[LayerSummary, ...]) -> int:
+    return sum(layer.layout.n * layer.layout.k for layer in layers)
 
 
 def _layer_summary(contents: _Contents, name: str) -> LayerSummary:
@@ -265,16 +282,17 @@ def verify(out: Path | str, progress: Callable[[int, int], object] | None = None
     contents = _Contents.open(Path(out))
     contents.refuse_leftovers()
     summary = _summary(contents)
-    _check_bits(contents, summary.stored_bits)
+    _check_bits(contents, summary)
     _check_auxiliary(contents.out)
     digests = _read_everything(contents, progress or (lambda done, total: None))
     unchecked = _unchecked(contents, digests)
     return VerifyReport(
         layers=len(summary.layers),
         tensors=len(contents.stored),
-        nbytes=summary.quantized_bytes + summary.other_bytes,
+        nbytes=sum(tensor.nbytes for tensor in contents.stored.values()),
         stored_bits=summary.stored_bits,
         asked_bits=summary.asked_bits,
+        embed_stored_bits=summary.embed_stored_bits,
         unchecked=tuple(unchecked),
         warnings=tuple(_warnings(contents)),
     )
@@ -311,12 +329,14 @@ def _unchecked(contents: _Contents, digests: Mapping[str, str]) -> list[str]:
     return sorted(n for n in digests.keys() - known if digests[n] not in elsewhere)
 
 
-def _check_bits(contents: _Contents, counted: float) -> None:
-    config, file = contents.config, contents.out / "config.json"
-    if abs(counted - config.stored_bits) > BITS_TOLERANCE:
-        raise CheckpointError(
-            f"{file}: stored_bits says {config.stored_bits}, the files hold {counted:.6f}"
-        )
+def _check_bits(contents: _Contents, summary: CheckpointSummary) -> None:
+    config, file, counted = contents.config, contents.out / "config.json", summary.stored_bits
+    said = {"stored_bits": (config.stored_bits, counted)}
+    if summary.embed_stored_bits is not None and config.embed_stored_bits is not None:
+        said["embed_stored_bits"] = config.embed_stored_bits, summary.embed_stored_bits
+    for name, (written, found) in said.items():
+        if abs(found - written) > BITS_TOLERANCE:
+            raise CheckpointError(f"{file}: {name} says {written}, the files hold {found:.6f}")
     if config.asked_bits is not None and counted > config.asked_bits + BITS_TOLERANCE:
         raise CheckpointError(
             f"{file}: {counted:.6f} bits per weight are stored, {config.asked_bits} were asked for"
@@ -365,15 +385,23 @@ def _bits(data: Mapping[str, Any], name: str, path: Path) -> float:
 class _Config:
     """quantization_config, checked. biased: layers with a bias tensor beside the packed weight.
 
+    layers, embeddings: layouts by module name; embed_stored_bits is None without the latter.
     checksums: by tensor name; at least every packed tensor has one.
     """
 
     method: str
     asked_bits: float | None
     stored_bits: float
-    layouts: dict[str, WeightLayout]
+    layers: dict[str, WeightLayout]
+    embeddings: dict[str, WeightLayout]
+    embed_stored_bits: float | None
     biased: frozenset[str]
     checksums: dict[str, str]
+
+    @property
+    def layouts(self) -> dict[str, WeightLayout]:
+        """Of everything that is packed."""
+        return {**self.layers, **self.embeddings}
 
 
 def _read_config(out: Path) -> _Config:
@@ -389,12 +417,17 @@ def _read_config(out: Path) -> _Config:
     layers = _field(data, "layers", (dict,), path)
     if not layers:
         raise CheckpointError(f"{path}: no quantized layers")
+    embeddings = _field(data, "embeddings", (dict,), path) if "embeddings" in data else {}
+    for name in embeddings.keys() & layers.keys():
+        raise CheckpointError(f"{path}: {name} is among the layers and the embeddings")
     return _Config(
         method=_field(data, "method", (str,), path),
         asked_bits=None if data.get("bits") is None else _bits(data, "bits", path),
         stored_bits=_bits(data, "stored_bits", path),
-        layouts={name: _layout(name, entry, path) for name, entry in layers.items()},
-        biased=frozenset(name for name, entry in layers.items() if entry.get("bias")),
+        layers={name: _layout(name, entry, path) for name, entry in layers.items()},
+        embeddings={name: _rows_layout(name, entry, path) for name, entry in embeddings.items()},
+        embed_stored_bits=_bits(data, "embed_stored_bits", path) if embeddings else None,
+        biased=frozenset(n for n, entry in {**layers, **embeddings}.items() if entry.get("bias")),
         checksums=_checksums(data, path),
     )
 
@@ -407,6 +440,15 @@ def _layout(name: str, entry: Any, path: Path) -> WeightLayout:
             return WeightLayout.from_dict({k: v for k, v in entry.items() if k != "bias"})
         except PackedFormatError as error:
             raise CheckpointError(f"{path}: {name}: {error}") from error
+
+
+def _rows_layout(name: str, entry: Any, path: Path) -> WeightLayout:
+    layout = _layout(name, entry, path)
+    try:
+        layout.check_rows()
+    except PackedFormatError as error:
+        raise CheckpointError(f"{path}: {name}: {error}") from error
+    return layout
 
 
 def _checksums(data: Mapping[str, Any], path: Path) -> dict[str, str]:

@@ -22,6 +22,7 @@ from pbq.cli_options import (
     Calib,
     Device,
     Effort,
+    EmbedBits,
     Fresh,
     Memory,
     Model,
@@ -124,6 +125,7 @@ def quantize(
     block_epochs: BlockEpochs = -1.0,
     distil_steps: DistilSteps = -1,
     preprocess: Preprocess = "",
+    embed_bits: EmbedBits = 0,
     percdamp: Percdamp = 0.01,
     seed: Seed = 0,
     ppl: Annotated[
@@ -193,6 +195,7 @@ def plan(
     faithful: Faithful = False,
     block_epochs: BlockEpochs = -1.0,
     distil_steps: DistilSteps = -1,
+    embed_bits: EmbedBits = 0,
     calib: Calib = "self",
     memory: Memory = None,
     trust_remote_code: Trust = False,

@@ -23,6 +23,9 @@ Baseline = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(help="model to compare with: the unquantized one, say"),
 ]
+EmbedBits = Annotated[
+    int, typer.Option(help="8 or 4: pack embeddings and head too, beside --bits; 0: as they are")
+]
 Effort = Annotated[str, typer.Option(help="fast | default | best")]
 Calib = Annotated[
     str, typer.Option(help="text or jsonl file, datasets id name[:config[:split]], self; or A+B")

@@ -192,14 +192,15 @@ def _quantized(
 
 
 def _refuse_another(out: Path, report: Mapping[str, Any], source: str, config: QuantConfig) -> None:
-    was = {**report.get("config", {}), "model": report.get("source")}
+    # an option that came later had its default
+    was = {**QuantConfig().to_dict(), **report.get("config", {}), "model": report.get("source")}
     now = {**config.to_dict(), "model": source}
     differing = [key for key in now if was.get(key) != now[key]]
     if differing:
         key = differing[0]
         raise UsageError(
-            f"{out} is of another comparison ({key}: was {was.get(key, '(not set)')}, is now "
-            f"{now[key]}); choose another folder or remove it"
+            f"{out} is of another comparison ({key}: was {was[key]}, is now {now[key]}); "
+            "choose another folder or remove it"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from pbq.errors import UsageError
 
 EFFORTS = ("fast", "default", "best")
+EMBED_BITS = (0, 4, 8)
 CRITERIA = ("damage", "absmax", "mean-abs", "hessian", "magnitude")
 
 
@@ -31,6 +32,8 @@ class QuantConfig:
     faithful: the paper's own recipe, whatever bits it then stores.
     block_epochs: passes over the calibration rows that train each block; -1: as the effort says.
     distil_steps: steps of 1,024 tokens that train all blocks together; -1: as the effort says.
+    embed_bits: 8 or 4 pack the embeddings and the head, rounded to nearest, at so many bits and
+        their scales, which `bits` does not count; 0 leaves them as they are.
     preprocess: a packed checkpoint of the same model; its weights, restored by LoRA, are quantized
         in place of the model's own, which stays the teacher (PTQ1.61's preprocessing).
     seed: of sampling, shuffling and held-out rows.
@@ -51,6 +54,7 @@ class QuantConfig:
     block_epochs: float = -1.0
     distil_steps: int = -1
     preprocess: str = ""
+    embed_bits: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -63,6 +67,8 @@ class QuantConfig:
             raise UsageError(f"--effort {self.effort}: expected one of {', '.join(EFFORTS)}")
         if self.criterion not in CRITERIA:
             raise UsageError(f"--criterion {self.criterion}: expected one of {', '.join(CRITERIA)}")
+        if self.embed_bits not in EMBED_BITS:
+            raise UsageError(f"--embed-bits {self.embed_bits}: expected 8, 4 or 0 (as they are)")
         for name, least in (("nsamples", 1), ("seqlen", 8), ("block_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 option = name.replace("_", "-")

@@ -202,10 +202,10 @@ def perplexity(
     losses: list[float] = []
     try:
         for done in range(windows):
-            ids = text.ids[done * window : (done + 1) * window].to(model.device)
+            ids = text.ids[done * window : (done + 1) * window]
             with torch.no_grad(), _out_of_memory_named("a smaller --window, or --device cpu"):
                 if logits_of is None:
-                    logits = model(ids[None], use_cache=False).logits[0]
+                    logits = model(ids[None].to(model.device), use_cache=False).logits[0]
                 else:
                     logits = logits_of(done)
                 loss = _mean_loss(logits[:-1], ids[1:], chunk)

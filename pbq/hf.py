@@ -4,6 +4,7 @@ A checkpoint describes itself in config.json:
 
     "quantization_config": {"quant_method": "pbq", "format": 1, "method": ..., "bits": asked,
         "stored_bits": true, "layers": {module name: layout, "bias": true where there is one},
+        "embeddings": likewise, where embeddings and head are packed, "embed_stored_bits": true,
         "checksums": {tensor name: 16 hex digits of sha256}, "provenance": {...}}
 
 The checksums stand here and not in the safetensors header because safetensors writes a header of
@@ -28,9 +29,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pbq.disk import CheckpointError, checksum
+from pbq.embedding import PackedEmbedding, PackedHead, TiedHead, check_packable
 from pbq.errors import ModelError
 from pbq.experts import find_experts, fuse, fused_names, unfuse
-from pbq.linear import PackedLinear
+from pbq.linear import PackedLinear, PackedModule
 from pbq_kernels import FORMAT_VERSION, PackedFormatError, PackedWeight, WeightLayout
 
 QUANT_METHOD = "pbq"
@@ -64,8 +66,10 @@ class PackedLayer:
 class PbqConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed checkpoint.
 
-    method, bits: what was asked for. layers: by module name. checksums: by tensor name.
-    provenance: whatever tells how the model was made (source, calibration, perplexities ...).
+    method, bits: what was asked for. layers: by module name. embeddings: likewise the input
+    embeddings and a head that is not tied to them, where these are packed; `bits` says nothing of
+    them. checksums: by tensor name. provenance: whatever tells how the model was made (source,
+    calibration, perplexities ...).
     """
 
     def __init__(
@@ -75,12 +79,13 @@ class PbqConfig(QuantizationConfigMixin):
         layers: Mapping[str, Any] | None = None,
         checksums: Mapping[str, str] | None = None,
         provenance: Mapping[str, Any] | None = None,
+        embeddings: Mapping[str, Any] | None = None,
         format: int = FORMAT_VERSION,
         **others: Any,
     ) -> None:
         _check_format(format)
-        # stored_bits is computed, never believed
-        unknown = others.keys() - {"quant_method", "stored_bits"}
+        # stored bits are computed, never believed
+        unknown = others.keys() - {"quant_method", "stored_bits", "embed_stored_bits"}
         if unknown:
             names = ", ".join(sorted(map(str, unknown)))
             warnings.warn(
@@ -88,21 +93,26 @@ class PbqConfig(QuantizationConfigMixin):
             )
         self.quant_method = QUANT_METHOD
         self.method, self.bits = method, bits
-        self.layers = {
-            name: layer if isinstance(layer, PackedLayer) else PackedLayer.from_dict(name, layer)
-            for name, layer in _mapping("layers", layers).items()
-        }
+        self.layers = _layers("layers", layers)
+        self.embeddings = _layers("embeddings", embeddings)
         self.checksums = _mapping("checksums", checksums)
         self.provenance = _mapping("provenance", provenance)
 
     @property
     def stored_bits(self) -> float | None:
         """Bits on the disk per quantized weight, over all layers; None while there are none."""
-        layouts = [layer.layout for layer in self.layers.values()]
-        weights = sum(layout.n * layout.k for layout in layouts)
-        return sum(layout.stored_bits for layout in layouts) / weights if weights else None
+        return _stored_bits(self.layers)
+
+    @property
+    def embed_stored_bits(self) -> float | None:
+        """The same of embeddings and head, None where they are not packed."""
+        return _stored_bits(self.embeddings)
 
     def to_dict(self) -> dict[str, Any]:
+        embeddings = {
+            "embeddings": {name: layer.to_dict() for name, layer in self.embeddings.items()},
+            "embed_stored_bits": self.embed_stored_bits,
+        }
         return {
             "quant_method": QUANT_METHOD,
             "format": FORMAT_VERSION,
@@ -110,6 +120,7 @@ class PbqConfig(QuantizationConfigMixin):
             "bits": self.bits,
             "stored_bits": self.stored_bits,
             "layers": {name: layer.to_dict() for name, layer in self.layers.items()},
+            **(embeddings if self.embeddings else {}),
             "checksums": dict(self.checksums),
             "provenance": dict(self.provenance),
         }
@@ -125,16 +136,36 @@ def _check_format(version: Any) -> None:
         )
 
 
+def _layers(key: str, value: Any) -> dict[str, PackedLayer]:
+    return {
+        name: layer if isinstance(layer, PackedLayer) else PackedLayer.from_dict(name, layer)
+        for name, layer in _mapping(key, value).items()
+    }
+
+
+def _stored_bits(layers: Mapping[str, PackedLayer]) -> float | None:
+    layouts = [layer.layout for layer in layers.values()]
+    weights = sum(layout.n * layout.k for layout in layouts)
+    return sum(layout.stored_bits for layout in layouts) / weights if weights else None
+
+
 def _mapping(key: str, value: Any) -> dict[str, Any]:
     if value is not None and not isinstance(value, Mapping):
         raise CheckpointError(f"quantization_config: {key!r} is not an object")
     return dict(value or {})
 
 
-def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
-    """The packed modules of a model, by name."""
+def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedModule]]:
+    """The packed modules of a model, by name; a head that is tied is none."""
     for name, module in model.named_modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, PackedModule):
+            yield name, module
+
+
+def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
+    """The quantized linears of a model, by name: embeddings and head are not among them."""
+    for name, module in packed_modules(model):
+        if isinstance(module, PackedLinear) and not isinstance(module, PackedHead):
             yield name, module
 
 
@@ -174,9 +205,33 @@ def install(
         _check_place(model, name, layer)
         model.set_submodule(name, PackedLinear.from_packed(pw, bias))
         config.layers[name] = layer
+    return _now_packed(model, config)
+
+
+def install_embeddings(
+    model: PreTrainedModel, packed: Mapping[str, PackedWeight], config: PbqConfig
+) -> PreTrainedModel:
+    """Put the packed embeddings, and the head if it is not tied to them, in place, by module name.
+
+    As `install` in everything else. Raises CheckpointError.
+    """
+    for name, pw in packed.items():
+        bias = getattr(model.get_submodule(name), "bias", None)
+        config.embeddings[name] = PackedLayer(pw.layout, bias is not None)
+    for name, module in _vocabulary(model, config.embeddings).items():
+        if isinstance(module, PackedLinear):
+            bias = model.get_submodule(name).bias
+            module.bias = None if bias is None else bias.detach().clone()
+        if isinstance(module, PackedModule):
+            module.hold(packed[name])
+        model.set_submodule(name, module)
+    return _now_packed(model, config)
+
+
+def _now_packed(model: PreTrainedModel, config: PbqConfig) -> PreTrainedModel:
     quantizer = PbqQuantizer(config, pre_quantized=True)
     model.config.quantization_config = config
-    _keep_names(model)
+    _keep_names(model, config)
     model.hf_quantizer = quantizer
     model.quantization_method = QUANT_METHOD
     model.is_quantized = True
@@ -198,12 +253,13 @@ def saving_part(model: PreTrainedModel, tensors: dict[str, Tensor]) -> Iterator[
         quantizer.part = None
 
 
-def _keep_names(model: PreTrainedModel) -> None:
-    """Experts that were taken apart are saved under the names they have now.
+def _keep_names(model: PreTrainedModel, config: PbqConfig) -> None:
+    """Experts that were taken apart, and a packed head, are saved under the names they have now.
 
-    Others take the names of the original checkpoint's files, which transformers fuses when loading.
+    Others take the names of the original checkpoint's files: transformers fuses such experts when
+    loading, and gpt_neox's head has another name there.
     """
-    if find_experts(model):
+    if find_experts(model) or config.embeddings:
         model._weight_conversions = []
 
 
@@ -216,14 +272,66 @@ def _check_place(model: nn.Module, name: str, layer: PackedLayer) -> Tensor:
         raise CheckpointError(f"{name}: {owner} has no such module") from None
     if not isinstance(module, (nn.Linear, Conv1D)):
         raise CheckpointError(f"{name}: a {type(module).__name__} of {owner}, not a linear layer")
-    n, k = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
+    _check_shape(name, owner, module, layer)
+    return module.weight
+
+
+def _check_shape(
+    name: str, owner: str, module: nn.Embedding | nn.Linear | Conv1D, layer: PackedLayer
+) -> None:
+    n, k = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
     if (n, k) != (layer.layout.n, layer.layout.k):
         raise CheckpointError(
             f"{name}: {n}x{k} in {owner}, {layer.layout.n}x{layer.layout.k} in the packed weight"
         )
-    if module.bias is not None and not layer.bias:
+    if getattr(module, "bias", None) is not None and not layer.bias:
         raise CheckpointError(f"{name}: has a bias in {owner}, none beside the packed weight")
-    return module.weight
+
+
+def _vocabulary(
+    model: PreTrainedModel, embeddings: Mapping[str, PackedLayer]
+) -> dict[str, nn.Module]:
+    """Modules on the meta device for the packed embeddings and the head, by name.
+
+    transformers is told to tie them no more: it would look for a parameter. Raises CheckpointError.
+    """
+    found: dict[str, nn.Module] = {}
+    tied = model.all_tied_weights_keys
+    for name, layer in embeddings.items():
+        module = _check_vocabulary(model, name, layer)
+        with torch.device("meta"):
+            if isinstance(module, nn.Linear):
+                found[name] = PackedHead(layer.layout, layer.bias, module.weight.dtype)
+                tied.pop(f"{name}.weight", None)
+                continue
+            embedding = PackedEmbedding(layer.layout, module.weight.dtype, module.padding_idx)
+        found[name] = embedding
+        for target in [target for target, source in tied.items() if source == f"{name}.weight"]:
+            del tied[target]
+            head = target.removesuffix(".weight")
+            if head not in embeddings:
+                check_packable(head, model.get_submodule(head), tied=True)
+                found[head] = TiedHead(embedding)
+    return found
+
+
+def _check_vocabulary(
+    model: PreTrainedModel, name: str, layer: PackedLayer
+) -> nn.Embedding | nn.Linear:
+    """The module that the packed weight is to replace. Raises CheckpointError."""
+    owner, module = type(model).__name__, dict(model.named_modules()).get(name)
+    if module is None or module not in (
+        model.get_input_embeddings(),
+        model.get_output_embeddings(),
+    ):
+        raise CheckpointError(f"{name}: neither the embeddings nor the head of {owner}")
+    try:
+        layer.layout.check_rows()
+    except PackedFormatError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+    module = check_packable(name, module)
+    _check_shape(name, owner, module, layer)
+    return module
 
 
 class PbqQuantizer(HfQuantizer):
@@ -244,26 +352,28 @@ class PbqQuantizer(HfQuantizer):
             with torch.device("meta"):
                 linear = PackedLinear(layer.layout, layer.bias, dtype)
             model.set_submodule(name, linear)
+        for name, module in _vocabulary(model, self.quantization_config.embeddings).items():
+            model.set_submodule(name, module)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         """Refuse tensors that are missing from the files, damaged, or outside the format."""
-        _keep_names(model)
+        _keep_names(model, self.quantization_config)
         for name, tensor in model.state_dict().items():
             if tensor.shape != self._shapes.get(name, tensor.shape):  # older transformers take it
                 raise CheckpointError(
                     f"{name} is {list(tensor.shape)} in its files, the model has "
                     f"{list(self._shapes[name])}"
                 )
-        for name, linear in packed_linears(model):
-            if linear.weight.is_meta:  # offloaded: read, and checked, whenever it runs
+        for name, module in packed_modules(model):
+            if module.weight.is_meta:  # offloaded: read, and checked, whenever it runs
                 continue
-            for key, tensor in linear.packed().tensors.items():
+            for key, tensor in module.packed().tensors.items():
                 self._check_loaded(f"{name}.{key}", tensor)
             try:
-                linear.check(name)
+                module.check(name)
             except PackedFormatError as error:
                 raise CheckpointError(str(error)) from None
         return model
@@ -289,8 +399,8 @@ class PbqQuantizer(HfQuantizer):
             return dict(self.part), {}
         offloaded = {
             f"{name}.{key}"
-            for name, linear in packed_linears(model)
-            for key, tensor in linear.packed().tensors.items()
+            for name, module in packed_modules(model)
+            for key, tensor in module.packed().tensors.items()
             if tensor.is_meta
         }
         kept = {n: s for n, s in self.quantization_config.checksums.items() if n in offloaded}
@@ -312,10 +422,16 @@ class PbqQuantizer(HfQuantizer):
         with torch.device("meta"):
             original = type(model)._from_config(_unquantized(model.config))
         unfuse(original, only=find_experts(model))
-        for name, linear in list(packed_linears(model)):
-            transposed = isinstance(original.get_submodule(name), Conv1D)
-            model.set_submodule(name, _dense(linear, resolved, transposed))
-        if find_experts(model):
+        for name, module in list(packed_modules(model)):
+            if isinstance(module, PackedEmbedding):
+                model.set_submodule(name, _dense_embedding(module, resolved))
+            elif isinstance(module, PackedLinear):
+                transposed = isinstance(original.get_submodule(name), Conv1D)
+                model.set_submodule(name, _dense(module, resolved, transposed))
+        for name in [name for name, m in model.named_modules() if isinstance(m, TiedHead)]:
+            model.set_submodule(name, _dense_head(model.get_input_embeddings().weight))
+            model.all_tied_weights_keys = original.all_tied_weights_keys
+        if find_experts(model) or self.quantization_config.embeddings:
             fuse(model)
             model._weight_conversions = None  # those of its architecture
         return model
@@ -336,6 +452,22 @@ def _dense(linear: PackedLinear, dtype: torch.dtype, transposed: bool) -> nn.Mod
     dense.weight = nn.Parameter(W.T.contiguous() if transposed else W, requires_grad=False)
     if linear.bias is not None:
         dense.bias = nn.Parameter(linear.bias.to(dtype), requires_grad=False)
+    return dense
+
+
+def _dense_embedding(embedding: PackedEmbedding, dtype: torch.dtype) -> nn.Embedding:
+    with torch.device("meta"):
+        shape = embedding.num_embeddings, embedding.embedding_dim
+        dense = nn.Embedding(*shape, padding_idx=embedding.padding_idx)
+    dense.weight = nn.Parameter(embedding.dequantize(dtype), requires_grad=False)
+    return dense
+
+
+def _dense_head(weight: nn.Parameter) -> nn.Linear:
+    """Tied to the embeddings' `weight` [n, k]."""
+    with torch.device("meta"):
+        dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    dense.weight = weight
     return dense
 
 

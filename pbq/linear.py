@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -16,6 +16,9 @@ from pbq.errors import UsageError
 from pbq_kernels import BACKENDS, Backend, PackedWeight, WeightLayout, select
 from pbq_kernels.layout import check_tensors
 from pbq_kernels.reference import dequantize
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _backend_name = os.environ.get("PBQ_BACKEND") or "auto"
 
@@ -36,41 +39,31 @@ def backend_name() -> str:
     return _backend_name
 
 
-class PackedLinear(nn.Module):
-    """x [*b, k] -> x @ W_hat.T + bias [*b, n], in x's dtype, from the stored bytes.
+class PackedModule(nn.Module):
+    """A packed weight as a module: holds its stored bytes, and multiplies with them.
 
     Its buffers are exactly the tensors of the layout, in their stored dtypes whatever the model is
-    cast to, and `bias` [n] in the model's dtype. What the backend makes of them is kept outside the
-    state dict and made anew after a move, a load or a copy. After writing into a buffer in place,
-    call `forget_prepared`. To torch.compile the product is one operator, `pbq::packed_linear`.
+    cast to. What the backend makes of them is kept outside the state dict and made anew after a
+    move, a load or a copy. After writing into a buffer in place, call `forget_prepared`. To
+    torch.compile the product is one operator, `pbq::packed_linear`.
     """
 
-    # WeightLayout names these; declared for the type checker and for code that reads `.weight`.
+    # WeightLayout names it; declared for the type checker and for code that reads `.weight`.
     weight: Tensor
-    bias: Tensor | None
 
-    def __init__(
-        self, layout: WeightLayout, bias: bool = False, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, layout: WeightLayout) -> None:
         super().__init__()
         self.layout = layout
-        self.in_features, self.out_features = layout.k, layout.n
         for name, spec in layout.tensors().items():
             self.register_buffer(name, torch.zeros(spec.shape, dtype=spec.dtype))
-        self.register_buffer("bias", torch.zeros(layout.n, dtype=dtype) if bias else None)
         self._prepared: _Prepared | None = None
         self._key = _register(self)
 
-    @classmethod
-    def from_packed(cls, pw: PackedWeight, bias: Tensor | None = None) -> PackedLinear:
-        """Holds pw's own tensors, not copies, and a copy of `bias` [n]."""
-        with torch.device("meta"):
-            linear = cls(pw.layout, bias is not None, bias.dtype if bias is not None else None)
+    def hold(self, pw: PackedWeight) -> Self:
+        """Take pw's own tensors, not copies; returns itself."""
         for name, tensor in pw.tensors.items():
-            setattr(linear, name, tensor)
-        if bias is not None:
-            linear.bias = bias.detach().clone()
-        return linear
+            setattr(self, name, tensor)
+        return self
 
     def packed(self) -> PackedWeight:
         """The weight as stored, sharing this module's buffers."""
@@ -85,15 +78,14 @@ class PackedLinear(nn.Module):
         tensors = {key: self._stored(key) for key in self.layout.tensors()}
         check_tensors(self.layout, tensors, name, values=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
+        """x [*b, k] @ W_hat.T -> [*b, n] in x's dtype."""
         if torch.compiler.is_compiling():
-            y = _packed_linear(x, _prepare_once(self._key), self.out_features)
-        else:
-            y = self.multiply(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+            return _packed_linear(x, _prepare_once(self._key), self.layout.n)
+        return self.multiply(x)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """x [*b, k] @ W_hat.T, without the bias."""
+        """`product`, where nothing is compiled."""
         prepared = self.prepare()
         return prepared.backend.matmul(x, prepared.form)
 
@@ -124,7 +116,7 @@ class PackedLinear(nn.Module):
         assert tensor is not None
         return tensor
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move, but never cast, the stored tensors: `.to(bfloat16)` must not round their scales.
 
         `.to(dtype)`, `.half()` and `.float()` leave integers alone, so fn is shown the float16
@@ -157,10 +149,41 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         tiers = "+".join(f"{tier.planes}x{tier.columns}" for tier in self.layout.tiers)
         rank = f", rank={self.layout.rank}" if self.layout.rank else ""
+        return f"planes x columns={tiers}{rank}, bits={self.layout.bits_per_weight:.3f}"
+
+
+class PackedLinear(PackedModule):
+    """x [*b, k] -> x @ W_hat.T + bias [*b, n], in x's dtype, from the stored bytes.
+
+    Beside those of the packed weight it has a buffer `bias` [n] in the model's dtype, or None.
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self, layout: WeightLayout, bias: bool = False, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(layout)
+        self.in_features, self.out_features = layout.k, layout.n
+        self.register_buffer("bias", torch.zeros(layout.n, dtype=dtype) if bias else None)
+
+    @classmethod
+    def from_packed(cls, pw: PackedWeight, bias: Tensor | None = None) -> Self:
+        """Holds pw's own tensors, not copies, and a copy of `bias` [n]."""
+        with torch.device("meta"):
+            linear = cls(pw.layout, bias is not None, bias.dtype if bias is not None else None)
+        if bias is not None:
+            linear.bias = bias.detach().clone()
+        return linear.hold(pw)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.product(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, planes x columns={tiers}{rank}, "
-            f"bits={self.layout.bits_per_weight:.3f}"
+            f"bias={self.bias is not None}, {super().extra_repr()}"
         )
 
 
@@ -185,11 +208,11 @@ def _as_integers(tensor: Tensor) -> Tensor:
 # --- for torch.compile ---------------------------------------------------------------------------
 
 # An operator takes tensors and numbers: it finds its module by a number.
-_modules: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()
+_modules: WeakValueDictionary[int, PackedModule] = WeakValueDictionary()
 _keys = itertools.count()
 
 
-def _register(module: PackedLinear) -> int:
+def _register(module: PackedModule) -> int:
     key = next(_keys)
     _modules[key] = module
     return key

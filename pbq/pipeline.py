@@ -41,7 +41,7 @@ from pbq.finished import (
     restore,
 )
 from pbq.forecast import Speed, in_words, seconds
-from pbq.hf import PbqConfig, install, packed_linears
+from pbq.hf import PbqConfig, install, install_embeddings, packed_linears
 from pbq.loader import BlockLoader
 from pbq.memory import budget, disk_bytes, needs, refuse, spills, whole_model_bytes
 from pbq.models import (
@@ -56,6 +56,7 @@ from pbq.models import (
 )
 from pbq.pack import pack
 from pbq.report import RunReport, rare_experts, write_beside
+from pbq.rounding import round_embeddings, vocabulary
 from pbq.shards import ShardWriter
 from pbq.sources import Source, resolve_source
 from pbq.spill import HiddenStates, Spill
@@ -222,6 +223,8 @@ class _Run:
     def __post_init__(self) -> None:
         self.model, self.blocks = self.loader.model, self.loader.blocks
         self.recipe = methods.recipe_of(self.method, self.config)
+        if self.config.embed_bits:
+            vocabulary(self.model)  # refused now, not when OUT is written
         self.needs = needs(
             self.model,
             self.config,
@@ -618,6 +621,10 @@ class _Run:
             self.report.notes["preprocessed, so not the model's own weights"] = note
         quantization = self._quantization_config(calibration)
         copy_norms(self.model, finished.norms_around())
+        if self.config.embed_bits:
+            with self.report.timed("embeddings"):
+                rounded = round_embeddings(self.model, self.config.embed_bits)
+            install_embeddings(self.model, rounded, quantization)
         scored = None if text is None else self._scored_text(work, text)
         inside = f"{self.loader.name}."
         writer = ShardWriter(self.model, staging, self._shard_bytes(), self._written)

@@ -23,12 +23,16 @@ from pbq.models import (
     pick_device,
     weight_of,
 )
+from pbq.rounding import embedding_layout, vocabulary
 from pbq.sources import resolve_source
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """What would be stored and needed. Bytes are estimates except the stored ones."""
+    """What would be stored and needed. Bytes are estimates except the stored ones.
+
+    embed_bits, embed_bytes: of embeddings and head where they are packed, else 0.
+    """
 
     model: str
     method: str
@@ -40,6 +44,8 @@ class PlannedRun:
     covered: str
     quantized_weights: int
     quantized_bytes: int
+    embed_bits: float
+    embed_bytes: int
     model_bytes: int
     model_bytes_before: int
     memory_bytes: int
@@ -57,12 +63,16 @@ class PlannedRun:
             "stored bits per weight": f"{self.bits:.3f} (asked: {self.asked_bits:g})",
             "by the paper's accounting": f"{self.paper_bits:.2f}",
             "quantized layers": size_text(self.quantized_bytes),
+            **({"embeddings and head": self._embeddings()} if self.embed_bytes else {}),
             "whole checkpoint": f"{size_text(self.model_bytes_before)} -> "
             f"{size_text(self.model_bytes)} ({smaller:.1f}x smaller)",
             "memory while quantizing": f"about {size_text(self.memory_bytes)}",
             "disk while quantizing": f"about {size_text(self.disk_bytes)}",
             "time at the present speed": f"about {in_words(self.seconds)}",
         }
+
+    def _embeddings(self) -> str:
+        return f"{size_text(self.embed_bytes)}, {self.embed_bits:.3f} stored bits per weight"
 
 
 def plan(
@@ -95,7 +105,11 @@ def plan(
     width = next(model.parameters()).element_size()
     before = sum(p.numel() for p in model.parameters()) * width
     packed = round(weights * bits / 8)
-    after = before - weights * width + packed
+    embeddings = vocabulary(model).values() if config.embed_bits else ()
+    layouts = [embedding_layout(module, config.embed_bits) for module in embeddings]
+    embed_weights = sum(layout.n * layout.k for layout in layouts)
+    embed_bytes = sum(layout.stored_bits for layout in layouts) // 8
+    after = before - (weights + embed_weights) * width + packed + embed_bytes
     allowed = budget(memory, device)
     estimated = needs(
         model,
@@ -116,6 +130,8 @@ def plan(
         covered=covered.line(),
         quantized_weights=weights,
         quantized_bytes=packed,
+        embed_bits=8 * embed_bytes / embed_weights if embed_weights else 0.0,
+        embed_bytes=embed_bytes,
         model_bytes=after,
         model_bytes_before=before,
         memory_bytes=estimated.peak,

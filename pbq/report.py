@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +22,10 @@ from pbq import __version__, html_report, recipes, samples, selftest
 from pbq.allocate import LayerPlan, PlanInput
 from pbq.checkpoint import copy_auxiliary
 from pbq.disk import size_text, writing
+from pbq.embedding import PackedEmbedding
 from pbq.evaluate import Perplexity, TokenizedText
-from pbq.linear import PackedLinear
+from pbq.hf import packed_linears, packed_modules
+from pbq.linear import PackedLinear, PackedModule
 from pbq.sources import Source
 from pbq_kernels.layout import INNER
 
@@ -44,7 +46,9 @@ class RunReport:
 
     run_options: what was asked beside the config. coverage: the share of the block weights that is
     quantized, and what is not, in words. bits: stored bits per quantized weight.
-    paper_bits: the paper's own accounting, a label only.
+    paper_bits: the paper's own accounting, a label only. embed_bits: stored bits per weight of
+    embeddings and head, 0 where they are as they were; these weights and bytes are not among the
+    quantized ones.
     tiers: by layer, planes, columns and damage of each tier (`note_plan`). histogram: weights of
     one layer before and after. bytes_of: what OUT's tensors take, by kind. samples: what the model
     made of the same prompts before and after. notes: rows that are the method's own. seconds: per
@@ -61,6 +65,10 @@ class RunReport:
     quantized_weights: int = 0
     quantized_bytes: int = 0
     quantized_bytes_before: int = 0
+    embed_bits: float = 0.0
+    embed_weights: int = 0
+    embed_bytes: int = 0
+    embed_bytes_before: int = 0
     model_bytes: int = 0
     model_bytes_before: int = 0
     parameters: int = 0
@@ -120,20 +128,25 @@ class RunReport:
 
     def count(self, model: nn.Module) -> None:
         """Fill in sizes from the packed model, as its tensors are written; they may be on meta."""
-        packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+        packed = dict(packed_modules(model))
+        quantized = dict(packed_linears(model))
         width = next(p for p in model.parameters() if p.is_floating_point()).element_size()
-        self.quantized_weights = sum(m.in_features * m.out_features for m in packed)
-        self.quantized_bytes = sum(m.packed().stored_bits // 8 for m in packed)
+        self.quantized_weights, self.quantized_bytes = _stored(quantized.values())
         self.quantized_bytes_before = self.quantized_weights * width
         self.bits = 8 * self.quantized_bytes / self.quantized_weights
+        embeddings = [module for name, module in packed.items() if name not in quantized]
+        self.embed_weights, self.embed_bytes = _stored(embeddings)
+        self.embed_bytes_before = self.embed_weights * width
+        self.embed_bits = 8 * self.embed_bytes / self.embed_weights if embeddings else 0.0
         # tied embeddings appear once among the parameters, as in the file
-        tensors = [*model.parameters(), *(m.bias for m in packed if m.bias is not None)]
+        tensors = [*model.parameters(), *_biases(packed.values())]
         others = {id(t): t for t in tensors if t.is_floating_point()}.values()
         other_bytes = sum(t.numel() * t.element_size() for t in others)
-        self.parameters = self.quantized_weights + sum(t.numel() for t in others)
-        self.model_bytes = self.quantized_bytes + other_bytes
-        self.model_bytes_before = self.quantized_bytes_before + other_bytes
-        self.bytes_of = _bytes_of(model, packed)
+        weights = self.quantized_weights + self.embed_weights
+        self.parameters = weights + sum(t.numel() for t in others)
+        self.model_bytes = self.quantized_bytes + self.embed_bytes + other_bytes
+        self.model_bytes_before = weights * width + other_bytes
+        self.bytes_of = _bytes_of(model)
         self.peak_bytes = peak_bytes()
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,6 +160,7 @@ class RunReport:
             "whole checkpoint": _change(self.model_bytes_before, self.model_bytes),
             "stored bits per weight": f"{self.bits:.3f} (asked: {self.config['bits']:g})",
             "by the paper's accounting": f"{self.paper_bits:.2f}",
+            **({"embeddings and head": self._embeddings()} if self.embed_bytes else {}),
             **self.notes,
             "bits per parameter, whole model": f"{whole:.2f}",
             **({"quantized": self.coverage} if self.coverage else {}),
@@ -164,6 +178,10 @@ class RunReport:
         rows["seconds"] = f"{sum(self.seconds.values()):.0f}" + (f" ({spent})" if spent else "")
         rows["peak memory"] = size_text(self.peak_bytes)
         return rows
+
+    def _embeddings(self) -> str:
+        change = _change(self.embed_bytes_before, self.embed_bytes)
+        return f"{change}, {self.embed_bits:.3f} stored bits per weight"
 
 
 def _own_tokens(block: Mapping[str, Any]) -> dict[str, int]:
@@ -235,14 +253,28 @@ def _counts(W: Tensor, std: Tensor, columns: Tensor) -> list[int]:
     return [int(count) for count in found]
 
 
-def _bytes_of(model: Any, packed: list[PackedLinear]) -> dict[str, int]:
+def _stored(modules: Iterable[PackedModule]) -> tuple[int, int]:
+    """Weights and stored bytes, without biases."""
+    layouts = [module.layout for module in modules]
+    return sum(L.n * L.k for L in layouts), sum(L.stored_bits // 8 for L in layouts)
+
+
+def _biases(modules: Iterable[PackedModule]) -> list[Tensor]:
+    found = [module.bias for module in modules if isinstance(module, PackedLinear)]
+    return [bias for bias in found if bias is not None]
+
+
+def _bytes_of(model: Any) -> dict[str, int]:
     """Bytes of every tensor that is written, by kind; tied ones once."""
     sizes: Counter[str] = Counter()
-    for linear in packed:
-        for name, spec in linear.layout.tensors().items():
-            sizes[_PACKED_KINDS.get(name.removeprefix(INNER), "overlay")] += spec.nbytes
-        if linear.bias is not None:
-            sizes["biases"] += linear.bias.nbytes
+    quantized = dict(packed_linears(model))
+    for module_name, module in packed_modules(model):
+        own = "embeddings" if isinstance(module, PackedEmbedding) else "head"
+        for name, spec in module.layout.tensors().items():
+            kind = _PACKED_KINDS.get(name.removeprefix(INNER), "overlay")
+            sizes[kind if module_name in quantized else own] += spec.nbytes
+        for bias in _biases([module]):
+            sizes["biases"] += bias.nbytes
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     seen: set[int] = set()
     for name, module in model.named_modules():
@@ -361,8 +393,8 @@ def model_card(report: RunReport, source: Mapping[str, Any] | None = None) -> st
 # {Path(report.source).name}, {report.bits:.2f} stored bits per weight
 
 Quantized from `{report.source}` with pbq, method `{config["method"]}`.
-Linear layers of the decoder blocks are packed; embeddings, norms and head are as they were (norms
-are tuned along).
+Linear layers of the decoder blocks are packed; {_around(report)}
+(norms are tuned along).
 
 | | |
 |---|---|
@@ -385,6 +417,13 @@ tokenizer = AutoTokenizer.from_pretrained("OUT")
 
 Without `import pbq` loading fails; it never returns a model with missing layers.
 """
+
+
+def _around(report: RunReport) -> str:
+    if not report.embed_bytes:
+        return "embeddings, norms and head are as they were"
+    bits = f"{report.config['embed_bits']} bits, {report.embed_bits:.2f} with their scales"
+    return f"embeddings and head are rounded to {bits}; norms are as they were"
 
 
 def _is_hub_id(source: str) -> bool:

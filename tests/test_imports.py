@@ -34,6 +34,8 @@ FLOORS: dict[str, int] = {
     "pbq.sources": 4,
     "pbq.recipes": 4,
     "pbq.linear": 4,
+    "pbq.embedding": 4,
+    "pbq.rounding": 4,
     "pbq.experts": 4,
     "pbq.routing": 4,
     "pbq.hf": 4,

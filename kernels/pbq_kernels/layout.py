@@ -183,6 +183,12 @@ class WeightLayout:
     def bits_per_weight(self) -> float:
         return self.stored_bits / (self.n * self.k)
 
+    def check_rows(self) -> None:
+        """Raise PackedFormatError unless a row can be read by itself, as an embedding's must be."""
+        if self.rank or self.overlay:
+            what = "a product of two factors" if self.rank else "an overlay"
+            raise PackedFormatError(f"layout: the rows of {what} do not stand by themselves")
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form, defaults left out."""
         return {
@@ -401,14 +407,17 @@ def overlay_positions(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> tu
 
 
 def expand_scales(layout: WeightLayout, scale: Tensor | None) -> list[Tensor]:
-    """Split stored `scale` [n, S] into one float32 [n, groups, planes] per tier, ties resolved."""
+    """Split stored `scale` [n, S] into one float32 [n, groups, planes] per tier, ties resolved.
+
+    Of some rows only, as many as `scale` has.
+    """
     out, start = [], 0
     for tier in layout.tiers:
         if not tier.scales or scale is None:
-            device = None if scale is None else scale.device
-            out.append(torch.zeros(layout.n, tier.groups, tier.planes, device=device))
+            n, device = (layout.n, None) if scale is None else (len(scale), scale.device)
+            out.append(torch.zeros(n, tier.groups, tier.planes, device=device))
             continue
-        part = scale[:, start : start + tier.scales].float().reshape(layout.n, tier.groups, -1)
+        part = scale[:, start : start + tier.scales].float().unflatten(1, (tier.groups, -1))
         start += tier.scales
         if tier.tied:
             part = part * (2.0 ** torch.arange(tier.planes, device=part.device))
