@@ -6,6 +6,8 @@ embeddings is rounded with them, once.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -14,8 +16,11 @@ from pbq.embedding import check_packable
 from pbq.grid import QuantizedWeight, TierGrid, fit_uniform
 from pbq.pack import pack
 from pbq_kernels import PackedWeight, Tier, WeightLayout
+from pbq_kernels.layout import MAX_PLANES
 
-GROUP_SIZE = 32
+GROUP_SIZE = 64
+# At 4 bits the columns of most energy keep 8, one in so many: errors in them cost most.
+HEAVY_ONE_IN = 32
 # Rows are rounded so many weights at a time: float32 copies and planes take some 50 bytes of each.
 _WEIGHTS_AT_ONCE = 2**22
 
@@ -36,37 +41,57 @@ def vocabulary(model: PreTrainedModel) -> dict[str, nn.Embedding | nn.Linear]:
 def embedding_layout(module: nn.Embedding | nn.Linear, bits: int) -> WeightLayout:
     """Of a weight [n, k] at so many bits: equally spaced levels in groups of columns."""
     n, k = module.weight.shape
-    group_size = GROUP_SIZE if k > GROUP_SIZE else -1
-    return WeightLayout(n, k, (Tier(bits, k, tied=True, offset=True, group_size=group_size),))
+    heavy = math.ceil(k / HEAVY_ONE_IN) if bits < MAX_PLANES and k > 1 else 0
+    tiers = (_tier(bits, k - heavy), *([_tier(MAX_PLANES, heavy)] if heavy else []))
+    return WeightLayout(n, k, tiers)
+
+
+def _tier(planes: int, columns: int) -> Tier:
+    group_size = GROUP_SIZE if columns > GROUP_SIZE else -1
+    return Tier(planes, columns, tied=True, offset=True, group_size=group_size)
 
 
 @torch.no_grad()
 def round_embeddings(model: PreTrainedModel, bits: int) -> dict[str, PackedWeight]:
     """Packed weights of `vocabulary`, by name. Raises ModelError."""
     return {
-        name: _rounded(module.weight, embedding_layout(module, bits))
+        name: round_weight(module.weight, embedding_layout(module, bits))
         for name, module in vocabulary(model).items()
     }
 
 
-def _rounded(W: Tensor, layout: WeightLayout) -> PackedWeight:
-    """W [n, k] on the grid of each of its groups, some rows at a time."""
-    parts = [
-        pack(round_rows(rows.float(), layout.tiers[0]))
-        for rows in W.split(max(1, _WEIGHTS_AT_ONCE // layout.k))
-    ]
-    tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in layout.tensors()}
+def round_weight(W: Tensor, layout: WeightLayout) -> PackedWeight:
+    """W [n, k] on min-max grids with zero among their levels, as rtn's; some rows at a time.
+
+    The columns of most energy are the last tier's.
+    """
+    parts = W.split(max(1, _WEIGHTS_AT_ONCE // layout.k))
+    energy = torch.stack([rows.float().pow(2).sum(0) for rows in parts]).sum(0)
+    order = energy.argsort(stable=True)
+    tier_of = torch.empty(layout.k, dtype=torch.uint8, device=W.device)
+    counts = torch.tensor([tier.columns for tier in layout.tiers], device=W.device)
+    tier_of[order] = torch.arange(len(counts), device=W.device).byte().repeat_interleave(counts)
+    packed = [pack(_rounded(rows.float(), layout.tiers, tier_of)).tensors for rows in parts]
+    by_row = ("weight", "scale", "offset")
+    tensors = {
+        name: torch.cat([part[name] for part in packed]) if name in by_row else packed[0][name]
+        for name in layout.tensors()
+    }
     return PackedWeight(layout, tensors)
 
 
-def round_rows(W: Tensor, tier: Tier) -> QuantizedWeight:
-    """W [n, k], all of it in one tier: min-max grids with zero among their levels, as rtn's."""
-    parts = W.split(W.shape[1] if tier.group_size == -1 else tier.group_size, dim=1)
-    grids = [
-        fit_uniform(part, torch.ones(part.shape[1]), tier.planes, search=False) for part in parts
-    ]
-    codes = [grid.codes(part) for grid, part in zip(grids, parts, strict=True)]
-    scale = torch.stack([grid.scale[:, :1] for grid in grids], 1)
-    offset = torch.stack([grid.offset for grid in grids], 1)
-    tier_of = torch.zeros(W.shape[1], dtype=torch.uint8, device=W.device)
-    return QuantizedWeight((tier,), tier_of, torch.cat(codes, 1), [TierGrid(scale, offset)])
+def _rounded(W: Tensor, tiers: tuple[Tier, ...], tier_of: Tensor) -> QuantizedWeight:
+    codes = torch.empty_like(W, dtype=torch.uint8)
+    grids = []
+    for t, tier in enumerate(tiers):
+        columns = (tier_of == t).nonzero(as_tuple=True)[0]
+        groups = columns.split(len(columns) if tier.group_size == -1 else tier.group_size)
+        found = []
+        for group in groups:
+            part = W[:, group]
+            grid = fit_uniform(part, torch.ones_like(part[0]), tier.planes, search=False)
+            codes[:, group] = grid.codes(part)
+            found.append(grid)
+        scale = torch.stack([grid.scale[:, :1] for grid in found], 1)
+        grids.append(TierGrid(scale, torch.stack([grid.offset for grid in found], 1)))
+    return QuantizedWeight(tiers, tier_of, codes, grids)

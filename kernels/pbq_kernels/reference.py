@@ -41,7 +41,7 @@ def gather(pw: PackedWeight, rows: Tensor, dtype: torch.dtype = torch.float32) -
         for name, tensor in pw.tensors.items()
     }
     W = _planes(pw.layout, taken, pw.permutation())
-    return W.to(dtype).unflatten(0, rows.shape)
+    return W.to(dtype).view(*rows.shape, pw.layout.k)
 
 
 def _planes(layout: WeightLayout, tensors: Mapping[str, Tensor], permutation: Tensor) -> Tensor:
