@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pbq.embedding import check_packable
+from pbq.errors import ModelError
 from pbq.grid import QuantizedWeight, TierGrid, fit_uniform
 from pbq.pack import pack
 from pbq_kernels import PackedWeight, Tier, WeightLayout
@@ -34,8 +35,18 @@ def vocabulary(model: PreTrainedModel) -> dict[str, nn.Embedding | nn.Linear]:
         tied = head.weight is embeddings.weight
         module = check_packable(names[head], head, tied=tied)
         if not tied:
+            _check_untied(model, names[head])
             found[names[head]] = module
     return found
+
+
+def _check_untied(model: PreTrainedModel, head: str) -> None:
+    # any later tie_weights() would make half of the embeddings' tensors the head's
+    if f"{head}.weight" in model.get_expanded_tied_weights_keys(all_submodels=True):
+        raise ModelError(
+            f"{head}: has a weight of its own, though the model's config says that it is tied; set "
+            "tie_word_embeddings to false there, or leave --embed-bits out"
+        )
 
 
 def embedding_layout(module: nn.Embedding | nn.Linear, bits: int) -> WeightLayout:

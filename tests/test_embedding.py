@@ -257,6 +257,13 @@ def test_embeddings_that_do_more_than_look_up_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_head_that_only_the_config_ties_is_refused(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("llama")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 2)
+    with pytest.raises(ModelError, match="lm_head: has a weight of its own"):
+        round_embeddings(model, 8)
+
+
 # --- runs ----------------------------------------------------------------------------------------
 
 
