@@ -72,7 +72,7 @@ def round_embeddings(model: PreTrainedModel, bits: int) -> dict[str, PackedWeigh
 
 
 def round_weight(W: Tensor, layout: WeightLayout) -> PackedWeight:
-    """W [n, k] on min-max grids with zero among their levels, as rtn's; some rows at a time.
+    """W [n, k] on min-max grids with zero among their levels, some rows at a time.
 
     The columns of most energy are the last tier's.
     """
