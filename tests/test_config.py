@@ -35,6 +35,7 @@ def test_the_promise_is_the_default():
         ("block_epochs", -0.5, "--block-epochs"),
         ("block_epochs", math.inf, "--block-epochs"),
         ("distil_steps", -2, "--distil-steps"),
+        ("embed_bits", 2, "--embed-bits"),
         ("percdamp", 0.0, "--percdamp"),
         ("percdamp", 1.0, "--percdamp"),
         ("percdamp", math.nan, "--percdamp"),
