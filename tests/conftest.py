@@ -45,6 +45,14 @@ from pbq_kernels.layout import (
 CHECKED = ["grid", "hessian", "gptq", "allocate", "pack"]
 install_import_hook([f"pbq.{module}" for module in CHECKED], "beartype.beartype")
 
+# Tests of minutes come first: two workers then end together.
+LONG = ("test_real.py", "test_ranks.py", "test_reliability.py", "test_generation.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 VOCABULARY = 272
 # 48 and 84 are no multiples of 32, and 84 bits are no whole bytes.
 LLAMA_LIKE = {

@@ -511,7 +511,7 @@ def test_blocks_are_shown_in_the_order_of_the_model() -> None:
     layout = WeightLayout(8, 16, (Tier(1, 16),))
     names = [f"h.{i}.{name}" for i in (0, 1, 10, 2) for name in ("a", "b")] + ["head"]
     layers = tuple(checkpoint.LayerSummary(n, layout, {"weight": 16, "scale": 16}) for n in names)
-    summary = checkpoint.CheckpointSummary("m", None, 2, 2, 1, 1, 1, 0, 1, 1, layers)
+    summary = checkpoint.CheckpointSummary("m", None, 2, 2, 1, 1, 1, 0, 1, 1, None, layers, ())
     rows = contents.CheckpointContents(summary, {"h.2.a": 0.5}).grid()[1]
     assert [row[0] for row in rows][:-3] == [
         "head", *(n for i in (0, 1, 2, 10) for n in (f"h.{i}", "  a", "  b")),

@@ -28,7 +28,6 @@ from pbq.errors import UsageError
 from pbq.grid import Quantized
 from pbq.hessian import proxy_loss
 from pbq.methods import Method, ptq161
-from pbq.methods.rtn import Rtn
 from pbq.pack import pack, unpack
 from pbq_kernels import PackedWeight, Tier
 from pbq_kernels.reference import dequantize
@@ -89,15 +88,10 @@ def rebuilt(
     return methods.rebuild(method, recipe, config, plan, layer.W, layer.H)[0]
 
 
-def through(
-    name: str, bits: float, layer: Layer, method: Method | None = None
-) -> tuple[Quantized, float]:
-    """The quantized layer, at the least bits the method can do if `bits` are less, and its loss.
-
-    method: in the place of the one of that name.
-    """
+def through(name: str, bits: float, layer: Layer) -> tuple[Quantized, float]:
+    """The quantized layer, at the least bits the method can do if `bits` are less, and its loss."""
     config = QuantConfig(method=name, bits=afforded(name, bits, {"a": layer}))
-    method = method or methods.get(name, config)
+    method = methods.get(name, config)
     plan = planned(method, config, {"a": layer})["a"]
     qw = rebuilt(method, config, layer, plan)
     return qw, proxy_loss(layer.W, qw.dequantize(), layer.H)
@@ -337,7 +331,7 @@ def test_beats_rounding_to_nearest_at_as_many_bits(name: str, bits: float) -> No
         pytest.skip("it is what the others are compared with")
     one = layer(96, 128, m=512)
     # at 1.8 bits rounding to nearest gets what it needs at least: 2 and two numbers a row, 2.25
-    _, rtn = through("rtn", bits, one, Rtn(search=False))
+    _, rtn = through("rtn", bits, one)
     assert through(name, bits, one)[1] < 0.6 * rtn
 
 

@@ -1,7 +1,7 @@
 """GPTQ (Frantar et al., ICLR 2023, arXiv 2210.17323): the baseline with data.
 
-The grids of rtn, their range searched by what GPTQ's sweep says of a column's importance (an option
-of GPTQ's code, `mse`, off there); columns rounded in their own order, each error
+The grids of rtn, on the range that loses least by what GPTQ's sweep says of a column's importance
+(an option of GPTQ's code, `mse`, off there); columns rounded in their own order, each error
 spread over the columns not yet rounded.
 Nothing of ours: no compensation of earlier layers, no refitted scales, no second sweep.
 """
@@ -19,6 +19,7 @@ from pbq.tune import Recipe
 @dataclass(frozen=True)
 class Gptq(Rtn):
     name: str = "gptq"
+    search: bool = True
     summary: str = "uniform grid with error feedback, 2 bits and more: the baseline with data"
 
     def recipe(self, config: QuantConfig) -> Recipe:

@@ -1,9 +1,7 @@
 """Round to nearest: the baseline that needs no data.
 
-Equally spaced levels for each group, on the range that loses least: with few levels the extremes
-are worth less than what lies between them. Without the search it is the textbook's: from the least
-weight to the largest, zero among the levels (asymmetric min-max). Groups are as small as --bits
-leaves room for, or of --group-size columns.
+Equally spaced levels between the least and the largest weight of each group, zero among them
+(asymmetric min-max). Groups are as small as --bits leaves room for, or of --group-size columns.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ class Rtn:
     name: str = "rtn"
     summary: str = "round to nearest on a uniform grid, 2 bits and more: the baseline without data"
     wants_gradients: bool = False
-    search: bool = True
+    search: bool = False  # of a range smaller than all weights take
 
     def plan(self, layers: Mapping[str, PlanInput], config: QuantConfig) -> dict[str, LayerPlan]:
         return plan_uniform(layers, config, _uniform)
