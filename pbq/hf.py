@@ -355,12 +355,17 @@ class PbqQuantizer(HfQuantizer):
         for name, module in _vocabulary(model, self.quantization_config.embeddings).items():
             model.set_submodule(name, module)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        head = model.get_output_embeddings()
+        self._head_dtype = head.weight.dtype if isinstance(head, nn.Linear) else None
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         """Refuse tensors that are missing from the files, damaged, or outside the format."""
         _keep_names(model, self.quantization_config)
+        if self._head_dtype is not None:
+            # older transformers leave a head that they rename (gpt_neox) in its file's dtype
+            model.get_output_embeddings().to(self._head_dtype)
         for name, tensor in model.state_dict().items():
             if tensor.shape != self._shapes.get(name, tensor.shape):  # older transformers take it
                 raise CheckpointError(
