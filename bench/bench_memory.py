@@ -40,8 +40,8 @@ ROWS = [
         (2, 1024, 4, PLENTY_GIB),
         # by calibration text: in memory, on the disk, twice as much
         (2, 256, 256, LITTLE_GIB),
-        (2, 256, 512, LITTLE_GIB),
         (2, 256, 1024, LITTLE_GIB),
+        (2, 256, 2048, LITTLE_GIB),
     )
 ]
 QUANTIZE = """
