@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pbq.errors import ModelError, UsageError
 from pbq.linear import PackedLinear, PackedModule
-from pbq_kernels import PackedWeight, WeightLayout
+from pbq_kernels import WeightLayout
 from pbq_kernels.reference import gather
 
 
@@ -32,15 +32,6 @@ class PackedEmbedding(PackedModule):
         super().__init__(layout)
         self.num_embeddings, self.embedding_dim = layout.n, layout.k
         self.dtype, self.padding_idx = dtype, padding_idx
-
-    @classmethod
-    def from_packed(
-        cls, pw: PackedWeight, dtype: torch.dtype, padding_idx: int | None = None
-    ) -> PackedEmbedding:
-        """Holds pw's own tensors, not copies."""
-        with torch.device("meta"):
-            embedding = cls(pw.layout, dtype, padding_idx)
-        return embedding.hold(pw)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x) if x.is_floating_point() else gather(self.packed(), x, self.dtype)

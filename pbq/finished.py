@@ -25,9 +25,8 @@ def kept_calibration(work: Work, make: Callable[[], Calibration]) -> Calibration
     """The calibration text of a run: made once, then read from its work directory."""
     if not work.has("calibration"):
         made = make()
-        work.save(
-            "calibration", {"ids": made.ids, "further": made.further}, {"source": made.source}
-        )
+        tensors = {"ids": made.ids, "further": made.further}
+        work.save("calibration", tensors, {"source": made.source})
     tensors, meta = work.load("calibration")
     return Calibration(tensors["ids"], meta["source"], tensors["further"])
 

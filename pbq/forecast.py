@@ -21,7 +21,6 @@ EFFICIENCY = 0.6
 # Linears of a block that share their input share its second moments: 4 inputs for 7 linears.
 INPUTS_PER_LINEAR = 4 / 7
 
-
 # Two layers [n, k] that are rounded to learn what rounding takes, with at least so many bits: of
 # layers this small the scales alone need more than is asked of a model.
 TRIALS = (64, 256), (512, 256)
@@ -30,9 +29,10 @@ TRIAL_BITS = 2.5
 
 @dataclass(frozen=True)
 class Speed:
-    """What this machine does in a second.
+    """How fast this machine is.
 
-    model, single: floating-point operations of a large matmul, in the model's dtype and in float32.
+    model, single: floating-point operations a second of a large matmul, in the model's dtype and
+    in float32.
     column, entry: seconds that rounding takes beside its matmuls, for each column of a linear
     (calls to small operations, whose size hardly matters) and each weight.
     """

@@ -219,10 +219,9 @@ def install_embeddings(
         bias = getattr(model.get_submodule(name), "bias", None)
         config.embeddings[name] = PackedLayer(pw.layout, bias is not None)
     for name, module in _vocabulary(model, config.embeddings).items():
-        if isinstance(module, PackedLinear):
-            bias = model.get_submodule(name).bias
-            module.bias = None if bias is None else bias.detach().clone()
-        if isinstance(module, PackedModule):
+        if isinstance(module, PackedHead):
+            module = PackedHead.from_packed(packed[name], model.get_submodule(name).bias)
+        elif isinstance(module, PackedEmbedding):
             module.hold(packed[name])
         model.set_submodule(name, module)
     return _now_packed(model, config)

@@ -490,7 +490,6 @@ def _map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
-@torch.no_grad()
 @contextmanager
 def before_forward(
     modules: Mapping[str, nn.Module], note: Callable[[str, tuple[Any, ...]], None]
@@ -508,6 +507,7 @@ def before_forward(
             handle.remove()
 
 
+@torch.no_grad()
 def shared_inputs(
     block: nn.Module, hidden: Tensor, call: Call, linears: Mapping[str, nn.Module] | None = None
 ) -> list[tuple[str, ...]]:

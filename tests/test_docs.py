@@ -62,11 +62,11 @@ WITH_COMMANDS = [page for page in PAGES if commands(page)]
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any, tiny_tokenizer: Any) -> Path:
+def source(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[[str], Path]
+) -> Path:
     path = tmp_path_factory.mktemp("docs") / "MODEL"
-    tiny_model("llama").save_pretrained(path)
-    tiny_tokenizer.save_pretrained(path)
-    return path
+    return shutil.copytree(tiny_checkpoint("llama"), path)
 
 
 @pytest.fixture(scope="module")

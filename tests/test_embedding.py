@@ -42,6 +42,10 @@ def reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_backend_name", "reference")
 
 
+def embedding_of(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> PackedEmbedding:
+    return PackedEmbedding(packed.layout, dtype).hold(packed)
+
+
 # --- rows ----------------------------------------------------------------------------------------
 
 
@@ -70,12 +74,12 @@ def test_rows_are_those_of_the_whole_weight(
 def test_rows_that_do_not_stand_by_themselves_are_refused(random_packed: RandomPacked) -> None:
     for packed in (random_packed(37, 45, overlay=0.1), random_packed(37, 45, rank=7)):
         with pytest.raises(PackedFormatError, match="do not stand by themselves"):
-            PackedEmbedding.from_packed(packed, torch.float32)
+            embedding_of(packed)
 
 
 def test_one_weight_serves_both_modules(random_packed: RandomPacked) -> None:
     packed = random_packed(37, 45, (Tier(4, -1, tied=True, offset=True, group_size=32),))
-    embedding = PackedEmbedding.from_packed(packed, torch.bfloat16)
+    embedding = embedding_of(packed, torch.bfloat16)
     model = torch.nn.Sequential(embedding, TiedHead(embedding))
     assert list(model.state_dict()) == ["0.weight", "0.scale", "0.offset"]
     ids = torch.tensor([[1, 36], [0, 1]])
@@ -92,7 +96,7 @@ def test_one_weight_serves_both_modules(random_packed: RandomPacked) -> None:
 
 
 def test_a_tied_head_takes_no_other_weight(random_packed: RandomPacked) -> None:
-    embedding = PackedEmbedding.from_packed(random_packed(37, 45), torch.float32)
+    embedding = embedding_of(random_packed(37, 45))
     head = TiedHead(embedding)
     head.weight = embedding.weight
     with pytest.raises(UsageError, match="dequantize"):

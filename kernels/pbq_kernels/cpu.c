@@ -942,7 +942,7 @@ EXPORT void pbq_decode(const Weight *w, int64_t row, int64_t rows, int64_t colum
   (void)threads; /* without OpenMP */
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    char *mine = (char *)line + omp_get_thread_num() * row_size;
+    char *mine = to ? (char *)line + omp_get_thread_num() * row_size : NULL;
 #pragma omp for
     for (int64_t i = 0; i < rows; i++) {
       char *there = (char *)out + i * row_size;

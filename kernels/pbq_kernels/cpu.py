@@ -472,14 +472,15 @@ def _decoded_tiles(
     rows = min(n, max(64, _TILE_WEIGHTS // k))
     buffer = torch.empty(rows, k, dtype=stored)
     address, code, threads = ctypes.addressof(part.struct), _DTYPES[stored], torch.get_num_threads()
-    line = torch.empty(threads, k, dtype=stored)
-    order = part.columns.data_ptr() if part is weight.whole else None
+    whole = part is weight.whole
+    order = part.columns.data_ptr() if whole else None
+    line = torch.empty(threads if whole else 0, k, dtype=stored)  # a row in stored order
     for begin in range(0, n, rows):
         tile = buffer[: n - begin]
         weight.library.pbq_decode(
             *(address, begin, len(tile), k, code, order, line.data_ptr(), tile.data_ptr(), threads)
         )
-        if weight.overlay and part is weight.whole:
+        if weight.overlay and whole:
             _overlay_tile(tile, weight.overlay, begin)
         yield slice(begin, begin + len(tile)), tile.to(dtype)
 
