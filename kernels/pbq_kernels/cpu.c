@@ -11,6 +11,8 @@
  * int8: x is rounded to int8 with one scale per (token, tier, group); bits times int8 by VNNI or
  *   maddubs, summed as integers.
  *
+ * NEON has tables of integers for both modes: see there.
+ *
  * Sizes are checked by the caller (cpu.py); nothing here allocates from unchecked input.
  */
 #include <math.h>
@@ -26,6 +28,9 @@ static int omp_get_thread_num(void) { return 0; }
 #include <cpuid.h>
 #include <immintrin.h>
 #endif
+#ifdef __aarch64__
+#include <arm_neon.h>
+#endif
 
 #ifndef PBQ_SOURCE_HASH
 #define PBQ_SOURCE_HASH ""
@@ -34,7 +39,11 @@ static int omp_get_thread_num(void) { return 0; }
 #define INLINE static inline __attribute__((always_inline))
 /* Keeps the compiler from moving an addition behind other lookups, which would spill registers:
  * a quarter of the speed with four tokens. */
+#ifdef __aarch64__
+#define IN_ORDER(accumulator) __asm__ volatile("" : "+w"(accumulator))
+#else
 #define IN_ORDER(accumulator) __asm__("" : "+v"(accumulator))
+#endif
 #define WORD 32  /* positions of x kept for one weight word; AVX2 leaves the last two empty */
 #define TOKENS 4 /* multiplied at once, while so many are left */
 #define MAX_TILE 64
@@ -76,9 +85,9 @@ typedef struct {
   int tokens;
   float *x;       /* [tokens][words * WORD], zero at padding */
   float *sum;     /* [tokens][groups]: sum of x, for the offsets */
-  float *table;   /* exact: [words][lookups][tokens][entries] */
+  float *table;   /* exact: [words][lookups][tokens][entries]; NEON: [tokens], see there */
   int8_t *q;      /* int8: [tokens][words * WORD], column c of a word at 4 * (c % 8) + c / 8 */
-  float *q_scale; /* int8: [tokens][groups] */
+  float *q_scale; /* of the integers that x was rounded to: [tokens][groups] */
   int32_t *q_sum; /* int8: [tokens][groups] */
 } Activations;
 
@@ -91,6 +100,9 @@ typedef struct {
   void (*int8_tile)(const Weight *, const Activations *, int64_t tile, float *y);
   void (*store_rows)(const float *from, int64_t count, int dtype, void *to, int64_t at);
   void (*decode_row)(const Weight *, int64_t row, int dtype, void *out);
+  /* In place of tabulate and quantize, if there is one: tables of integers for words [begin, end)
+   * of the `words` of a group. Returns their scale. */
+  float (*tabulate_group)(const float *x, int words, int mode, int begin, int end, void *table);
 } Variant;
 
 /* --- numbers -------------------------------------------------------------------------------- */
@@ -347,7 +359,8 @@ static const Variant PORTABLE = {"portable",
                                  quantize_portable,
                                  int8_tile_portable,
                                  store_rows_portable,
-                                 decode_row_portable};
+                                 decode_row_portable,
+                                 NULL};
 
 #ifdef __x86_64__
 
@@ -559,7 +572,7 @@ DEFINE_DECODE_ROW(avx2, AVX2)
 static const Variant VARIANT_AVX2 = {
     "avx2",          3 * AVX2_LOOKUPS, AVX2_LOOKUPS,  8,
     tabulate_avx2,   exact_tile_avx2,  quantize_avx2, int8_tile_avx2,
-    store_rows_avx2, decode_row_avx2};
+    store_rows_avx2, decode_row_avx2,  NULL};
 
 /* --- AVX-512: 16 rows a register, 16-entry tables of 4 columns -------------------------------- */
 
@@ -842,16 +855,247 @@ static AVX512 void decode_row_avx512(const Weight *w, int64_t row, int dtype, vo
     decode_row_generic_avx512(w, row, dtype, out);
 }
 
-static const Variant VARIANT_AVX512 = {"avx512",          WORD,
-                                       LOOKUPS,           16,
-                                       tabulate_avx512,   exact_tile_avx512,
-                                       quantize_avx2,     int8_tile_avx512,
-                                       store_rows_avx512, decode_row_avx512};
-static const Variant VARIANT_VNNI = {"avx512vnni",      WORD,
-                                     LOOKUPS,           16,
-                                     tabulate_avx512,   exact_tile_avx512,
-                                     quantize_avx2,     int8_tile_vnni,
-                                     store_rows_avx512, decode_row_avx512};
+static const Variant VARIANT_AVX512 = {"avx512",
+                                       WORD,
+                                       LOOKUPS,
+                                       16,
+                                       tabulate_avx512,
+                                       exact_tile_avx512,
+                                       quantize_avx2,
+                                       int8_tile_avx512,
+                                       store_rows_avx512,
+                                       decode_row_avx512,
+                                       NULL};
+static const Variant VARIANT_VNNI = {"avx512vnni",
+                                     WORD,
+                                     LOOKUPS,
+                                     16,
+                                     tabulate_avx512,
+                                     exact_tile_avx512,
+                                     quantize_avx2,
+                                     int8_tile_vnni,
+                                     store_rows_avx512,
+                                     decode_row_avx512,
+                                     NULL};
+
+#endif
+
+#ifdef __aarch64__
+
+/* --- NEON: 16 rows a register, tables of integers --------------------------------------------- *
+ *
+ * A permute of bytes fetches an entry for 16 rows, but only a byte of it. Bytes of fp32 entries
+ * would have to be put together again before they can be added, which takes longer than all the
+ * rest. So x is rounded to integers with one scale per (token, tier, group), the 16 sums of 4
+ * columns are cut into digits of so few bits that two entries (exact) or eight (int8) still add up
+ * to a byte, and every digit is summed for itself.
+ *
+ * exact: 25 bits and a power of two as scale. x down to half of the largest of its group keep all
+ *   their bits, x of 8 bits (bf16) down to 2**-17 of it; a sum of integers loses nothing more.
+ * int8: 127 is the largest x of the group.
+ *
+ * One token at a time: more would share little but the codes, 2 of 22 instructions (int8: of 10).
+ */
+
+#define BLOCK 64 /* words: uint16 sums hold 64 * 4 * 254 */
+
+enum { EXACT_DIGITS = 4, EXACT_BITS = 7, INT8_DIGITS = 2, INT8_BITS = 5 };
+
+INLINE float largest_neon(const float *x, int64_t count) {
+  float32x4_t most = vdupq_n_f32(0x1p-101f); /* keeps units and their inverses normal numbers */
+  for (int64_t i = 0; i < count; i += 4) most = vmaxq_f32(most, vabsq_f32(vld1q_f32(x + i)));
+  return vmaxvq_f32(most); /* NaN if one is */
+}
+
+/* The sums +-x0+-x1+-x2+-x3, raised by half of their range so that none is negative. */
+INLINE void sums_neon(int32x4_t x, int32_t half, uint32x4_t sum[4]) {
+  static const int32_t bit0[4] = {0, -1, 0, -1}, bit1[4] = {0, 0, -1, -1};
+  const int32x4_t twice = vshlq_n_s32(x, 1);
+  const int32x4_t x0 = vandq_s32(vdupq_laneq_s32(twice, 0), vld1q_s32(bit0));
+  const int32x4_t x1 = vandq_s32(vdupq_laneq_s32(twice, 1), vld1q_s32(bit1));
+  const int32x4_t x2 = vdupq_laneq_s32(twice, 2), x3 = vdupq_laneq_s32(twice, 3);
+  const int32x4_t low = vaddq_s32(vdupq_n_s32(half - vaddvq_s32(x)), vaddq_s32(x0, x1));
+  sum[0] = vreinterpretq_u32_s32(low);
+  sum[1] = vreinterpretq_u32_s32(vaddq_s32(low, x2));
+  sum[2] = vreinterpretq_u32_s32(vaddq_s32(low, x3));
+  sum[3] = vreinterpretq_u32_s32(vaddq_s32(vaddq_s32(low, x2), x3));
+}
+
+INLINE void tabulate_digits(const int digits, const int bits, const float *x, int64_t lookups,
+                            float inverse, uint8_t *table) {
+  for (int64_t s = 0; s < lookups; s++, x += 4) {
+    uint32x4_t sum[4];
+    sums_neon(vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x), inverse)), 1 << (digits * bits - 1), sum);
+    uint8_t *to = table + (s / 2 * digits * 2 + s % 2) * 16;
+    for (int d = 0; d < digits; d++, to += 32) {
+      uint16x8_t half[2];
+      for (int i = 0; i < 2; i++) {
+        const int32x4_t right = vdupq_n_s32(-bits * d);
+        half[i] = vuzp1q_u16(vreinterpretq_u16_u32(vshlq_u32(sum[2 * i], right)),
+                             vreinterpretq_u16_u32(vshlq_u32(sum[2 * i + 1], right)));
+      }
+      const uint8x16_t bytes =
+          vuzp1q_u8(vreinterpretq_u8_u16(half[0]), vreinterpretq_u8_u16(half[1]));
+      vst1q_u8(to, vandq_u8(bytes, vdupq_n_u8((uint8_t)((1 << bits) - 1))));
+    }
+  }
+}
+
+/* table: [words][4 bytes of a word][digits][2 lookups of a byte][16 entries]. The unit of an x that
+ * is not finite is NaN, and so is the result. */
+static float tabulate_neon(const float *x, int words, int mode, int begin, int end, void *table) {
+  const float largest = largest_neon(x, (int64_t)words * WORD);
+  if (!isfinite(largest)) return NAN;
+  const int64_t lookups = (int64_t)(end - begin) * LOOKUPS;
+  x += (int64_t)begin * WORD;
+  if (mode == INT8) {
+    tabulate_digits(INT8_DIGITS, INT8_BITS, x, lookups, 127.0f / largest, table);
+    return largest / 127.0f;
+  }
+  const float unit = float_of_bits((bits_of_float(largest) & 0x7f800000) - (24u << 23));
+  tabulate_digits(EXACT_DIGITS, EXACT_BITS, x, lookups, 1.0f / unit, table);
+  return unit;
+}
+
+/* The digits of 4 rows put together. `raised`, in units of the highest two digits, is by how much
+ * the sums were. The halves of an exact sum are below 2**23, so only their addition rounds. */
+INLINE float32x4_t join_neon(const int digits, const int bits, const uint16x4_t *digit,
+                             int32_t raised) {
+  const int top = digits - 2;
+  const uint32x4_t high = vmlal_n_u16(vmovl_u16(digit[top]), digit[top + 1], 1 << bits);
+  const float32x4_t sum =
+      vcvtq_f32_s32(vsubq_s32(vreinterpretq_s32_u32(high), vdupq_n_s32(raised)));
+  if (!top) return sum;
+  const uint32x4_t low = vmlal_n_u16(vmovl_u16(digit[0]), digit[1], 1 << bits);
+  return vfmaq_n_f32(vcvtq_f32_u32(low), sum, (float)(1 << 2 * bits));
+}
+
+/* The words of a plane, up to BLOCK of them, for 32 rows: sum[digit][16 rows][8 rows]. */
+INLINE void lookup_neon(const int digits, const uint32_t *data, int stride, int words,
+                        const uint8_t *table, uint16x8_t sum[][2][2]) {
+  const uint8x16_t low = vdupq_n_u8(15);
+  for (int word = 0; word < words; word++, data += stride) {
+    const uint8x16x4_t bytes[2] = {vld4q_u8((const uint8_t *)data),
+                                   vld4q_u8((const uint8_t *)(data + 16))};
+    uint8x16_t part[4][2];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++)
+#pragma GCC unroll 4
+      for (int d = 0; d < digits; d++, table += 32) {
+        const uint8x16_t first = vld1q_u8(table), second = vld1q_u8(table + 16);
+        for (int r = 0; r < 2; r++) {
+          const uint8x16_t pair = vaddq_u8(vqtbl1q_u8(first, vandq_u8(bytes[r].val[j], low)),
+                                           vqtbl1q_u8(second, vshrq_n_u8(bytes[r].val[j], 4)));
+          const int begins = digits == EXACT_DIGITS || j == 0;
+          const int ends = digits == EXACT_DIGITS || j == 3;
+          part[d][r] = begins ? pair : vaddq_u8(part[d][r], pair);
+          IN_ORDER(part[d][r]);
+          if (!ends) continue;
+          sum[d][r][0] = vaddw_u8(sum[d][r][0], vget_low_u8(part[d][r]));
+          IN_ORDER(sum[d][r][0]);
+          sum[d][r][1] = vaddw_high_u8(sum[d][r][1], part[d][r]);
+          IN_ORDER(sum[d][r][1]);
+        }
+      }
+  }
+}
+
+/* dot [32 rows]: a plane of a group times x, in units of the group. */
+INLINE void dot_neon(const int digits, const int bits, const uint32_t *data, int stride, int words,
+                     const uint8_t *table, float32x4_t dot[8]) {
+  for (int i = 0; i < 8; i++) dot[i] = vdupq_n_f32(0);
+  for (int begin = 0; begin < words; begin += BLOCK) {
+    const int count = words - begin < BLOCK ? words - begin : BLOCK;
+    uint16x8_t sum[4][2][2];
+    for (int i = 0; i < 4 * digits; i++) sum[i / 4][i / 2 % 2][i % 2] = vdupq_n_u16(0);
+    lookup_neon(digits, data + (int64_t)begin * stride, stride, count,
+                table + (int64_t)begin * LOOKUPS * digits * 16, sum);
+    for (int i = 0; i < 8; i++) {
+      uint16x4_t digit[4];
+      for (int d = 0; d < digits; d++) {
+        const uint16x8_t rows = sum[d][i / 4][i / 2 % 2];
+        digit[d] = i % 2 ? vget_high_u16(rows) : vget_low_u16(rows);
+      }
+      dot[i] = vaddq_f32(dot[i], join_neon(digits, bits, digit, count * LOOKUPS << (2 * bits - 1)));
+    }
+  }
+}
+
+INLINE float32x4_t scales_neon(const uint16_t *scale) {
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(scale)));
+}
+
+INLINE void tile_neon(const int digits, const int bits, const Weight *w, const Activations *a,
+                      int64_t tile, float *y) {
+  for (int t = 0; t < a->tokens; t++)
+    for (int first = 0; first < w->tile; first += 32, y += 32) {
+      float32x4_t total[8], dot[8];
+      for (int i = 0; i < 8; i++) total[i] = vdupq_n_f32(0);
+      for (int i = 0; i < w->groups; i++) {
+        const Group *g = w->group + i;
+        const int64_t word = (int64_t)t * w->words + g->first_word;
+        const uint8_t *table = (const uint8_t *)a->table + word * LOOKUPS * digits * 16;
+        for (int p = 0; p < g->planes; p++) {
+          dot_neon(digits, bits, plane_words(w, tile, g, p) + first, w->tile, g->words, table, dot);
+          const uint16_t *scale = scales_of(w, tile, scale_slot(g, p)) + first;
+          for (int r = 0; r < 8; r++)
+            total[r] =
+                vfmaq_f32(total[r], vmulq_n_f32(scales_neon(scale + 4 * r), plane_factor(g, p)),
+                          vmulq_n_f32(dot[r], a->q_scale[t * w->groups + i]));
+        }
+        if (g->offset >= 0)
+          for (int r = 0; r < 8; r++)
+            total[r] =
+                vfmaq_n_f32(total[r], scales_neon(scales_of(w, tile, g->offset) + first + 4 * r),
+                            a->sum[t * w->groups + i]);
+      }
+      for (int r = 0; r < 8; r++) vst1q_f32(y + 4 * r, total[r]);
+    }
+}
+
+static void exact_tile_neon(const Weight *w, const Activations *a, int64_t tile, float *y) {
+  tile_neon(EXACT_DIGITS, EXACT_BITS, w, a, tile, y);
+}
+
+static void int8_tile_neon(const Weight *w, const Activations *a, int64_t tile, float *y) {
+  tile_neon(INT8_DIGITS, INT8_BITS, w, a, tile, y);
+}
+
+/* The four bytes of 16 values, fetched apart, for up to 4 planes. */
+INLINE void look_up_neon(const float *value, const uint32_t *bits, int planes, float *out) {
+  static const uint8_t BIT[16] = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+  const uint8x16_t bit = vld1q_u8(BIT);
+  for (int c = 0; c < WORD; c += 16) {
+    uint8x16_t code = vdupq_n_u8(0);
+    for (int p = 0; p < planes; p++) {
+      const uint32_t word = bits[p] >> c;
+      const uint8x16_t spread =
+          vcombine_u8(vdup_n_u8((uint8_t)word), vdup_n_u8((uint8_t)(word >> 8)));
+      code = vorrq_u8(code, vandq_u8(vtstq_u8(spread, bit), vdupq_n_u8((uint8_t)(1 << p))));
+    }
+    if (planes <= 4) {
+      uint8x16x4_t bytes = vld4q_u8((const uint8_t *)value);
+      for (int i = 0; i < 4; i++) bytes.val[i] = vqtbl1q_u8(bytes.val[i], code);
+      vst4q_u8((uint8_t *)(out + c), bytes);
+    } else {
+      uint8_t codes[16];
+      vst1q_u8(codes, code);
+      for (int i = 0; i < 16; i++) out[c + i] = value[codes[i]];
+    }
+  }
+}
+
+DEFINE_DECODE_ROW(neon, )
+
+static const Variant VARIANT_NEON = {.name = "neon",
+                                     .word_columns = WORD,
+                                     .lookups = LOOKUPS,
+                                     .entries = 16,
+                                     .exact_tile = exact_tile_neon,
+                                     .int8_tile = int8_tile_neon,
+                                     .store_rows = store_rows_portable,
+                                     .decode_row = decode_row_neon,
+                                     .tabulate_group = tabulate_neon};
 
 #endif
 
@@ -870,6 +1114,9 @@ static const Variant *variant(int index) {
   if (avx512 && __builtin_cpu_supports("avx512vnni")) found[count++] = &VARIANT_VNNI;
   if (avx512) found[count++] = &VARIANT_AVX512;
   if (avx2) found[count++] = &VARIANT_AVX2;
+#endif
+#ifdef __aarch64__
+  found[count++] = &VARIANT_NEON;
 #endif
   found[count++] = &PORTABLE;
   return index < count ? found[index] : NULL;
@@ -987,7 +1234,7 @@ static void prepare_group(const Weight *w, const Variant *v, int mode, const Act
   const int at = token * w->groups + i;
   const int64_t begin = ((int64_t)token * w->words + g->first_word) * WORD;
   if (g->offset >= 0) a->sum[at] = group_sum(g, a->x + begin);
-  if (mode == INT8)
+  if (mode == INT8 && v->quantize)
     v->quantize(a->x + begin, g->words, a->q + begin, a->q_scale + at, a->q_sum + at);
 }
 
@@ -998,6 +1245,27 @@ static void tabulate_part(const Weight *w, const Variant *v, const Activations *
   const int64_t first = (int64_t)token * w->words + begin;
   float *table = a->table + ((int64_t)begin * v->lookups * a->tokens + token) * v->entries;
   v->tabulate(a->x + first * WORD, end - begin, table, a->tokens);
+}
+
+/* Of the tables of a word. Entries of integers have four bytes, for int8 two. */
+static int64_t table_bytes(const Variant *v, int mode) {
+  const int entry = mode == EXACT ? 4 : v->tabulate_group ? 2 : 0;
+  return (int64_t)v->lookups * v->entries * entry;
+}
+
+/* This share of every group's words; the share of a group's first word keeps its scale. */
+static void tabulate_groups(const Weight *w, const Variant *v, int mode, const Activations *a,
+                            int share, int shares) {
+  for (int at = 0; at < a->tokens * w->groups; at++) {
+    const Group *g = w->group + at % w->groups;
+    const int64_t first = (int64_t)(at / w->groups) * w->words + g->first_word;
+    const int begin = (int)((int64_t)g->words * share / shares);
+    const int end = (int)((int64_t)g->words * (share + 1) / shares);
+    if (begin == end || !g->planes) continue;
+    char *table = (char *)a->table + (first + begin) * table_bytes(v, mode);
+    const float scale = v->tabulate_group(a->x + first * WORD, g->words, mode, begin, end, table);
+    if (begin == 0) a->q_scale[at] = scale;
+  }
 }
 
 INLINE float overlay_as(const Weight *w, int64_t row, const void *x, int dtype) {
@@ -1044,13 +1312,14 @@ static void run_rows(const Weight *w, const Variant *v, int mode, Activations a,
     const char *from = x + token * w->k * size_of(dtype);
     for (int t = 0; t < a.tokens; t++) {
       gather(w, from + t * w->k * size_of(dtype), dtype, begin, end, a.x + t * positions);
-      if (mode == EXACT) tabulate_part(w, v, &a, t, share, shares);
+      if (mode == EXACT && v->tabulate) tabulate_part(w, v, &a, t, share, shares);
     }
     if (shares > 1) {
 #pragma omp barrier
     }
     for (int i = share; i < a.tokens * w->groups; i += shares)
       prepare_group(w, v, mode, &a, i / w->groups, i % w->groups);
+    if (v->tabulate_group) tabulate_groups(w, v, mode, &a, share, shares);
     if (shares > 1) {
 #pragma omp barrier
     }
@@ -1074,7 +1343,7 @@ static int64_t lay_out(Activations *a, const Weight *w, const Variant *v, int mo
   const uintptr_t first = from;
   const int64_t tokens = m < TOKENS ? 1 : TOKENS;
   const int64_t words = tokens * w->words, groups = tokens * w->groups;
-  a->table = carve(&from, mode == EXACT ? words * v->lookups * v->entries * 4 : 0);
+  a->table = carve(&from, words * table_bytes(v, mode));
   a->x = carve(&from, words * WORD * 4);
   a->q = carve(&from, mode == INT8 ? words * WORD : 0);
   a->sum = carve(&from, groups * 4);

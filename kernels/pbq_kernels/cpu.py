@@ -40,6 +40,8 @@ _RATES = {
     "avx512vnni": (135.0, 2.0),
     "avx512": (135.0, 2.0),
     "avx2": (75.0, 0.8),
+    # Not measured: the instructions of a Cortex-A76, in proportion to its share of `_PRODUCT`.
+    "neon": (50.0, 1.5),
     "portable": (10.0, 0.5),
 }
 _PRODUCT = {torch.float32: 40.0, torch.bfloat16: 95.0, torch.float16: 1.0}

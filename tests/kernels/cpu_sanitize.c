@@ -1,14 +1,21 @@
 /* Runs every variant of cpu.c over awkward sizes, each buffer exactly as large as it must be, and
- * compares with the portable one. Built with -fsanitize=address,undefined by test_cpu.py. */
-#include "cpu.c"
-
+ * compares with the portable one. test_cpu.py builds it with -fsanitize=address,undefined, and for
+ * ARM. */
 #include <stdio.h>
+
+#include "cpu.c"
 
 #define GROUPS 8
 
 typedef struct {
   int planes, columns, group_size, tied, offset;
 } Tier;
+
+typedef struct {
+  int64_t n, m;
+  const Tier *tiers;
+  int count, dtype, mode;
+} Case;
 
 static uint32_t state = 1;
 
@@ -60,25 +67,25 @@ static int32_t *columns_of(const Weight *w, const Group *groups) {
   return column;
 }
 
-static void run(int index, int64_t n, int64_t m, const Tier *tiers, int count, int dtype, int mode,
-                int threads, float *y) {
+/* y [m, n] and dense [n, k] (or NULL), both in fp32; x[m - 1, 0] is `last` where that is not 0. */
+static void run(const Case *c, int index, int threads, float last, float *y, float *dense) {
+  const int64_t n = c->n, m = c->m;
+  const int dtype = c->dtype;
   Group groups[GROUPS] = {0};
   Weight w = {.n = n, .variant = index, .tile = n > 64 ? 64 : 32};
   w.word_columns = pbq_variant_word_columns(index);
-  for (int t = 0; t < count; t++) w.k += tiers[t].columns;
-  w.groups = add_groups(&w, groups, tiers, count);
+  for (int t = 0; t < c->count; t++) w.k += c->tiers[t].columns;
+  w.groups = add_groups(&w, groups, c->tiers, c->count);
   w.group = exactly(groups, sizeof(Group) * w.groups);
   const int64_t tiles = (n + w.tile - 1) / w.tile, element = size_of(dtype);
 
   state = 1; /* the same bits for every variant */
   uint8_t *stored = malloc(n * w.row_bytes + (w.row_bytes == 0));
-  for (int64_t i = 0; i < n * w.row_bytes; i++) stored[i] = noise() >> 24;
+  for (int64_t i = 0; i < n * w.row_bytes; i++) stored[i] = i < w.row_bytes ? 255 : noise() >> 24;
   uint16_t *scale = calloc(tiles * w.slots * w.tile + 1, 2);
   for (int64_t row = 0; row < n; row++)
     for (int slot = 0; slot < w.slots; slot++)
       scale[(row / w.tile * w.slots + slot) * w.tile + row % w.tile] = float_to_half(uniform());
-  char *x = malloc(m * w.k * element), *out = malloc(m * n * element);
-  for (int64_t i = 0; i < m * w.k; i++) store(x, i, dtype, uniform());
   int64_t *overlay_start = malloc(sizeof(int64_t) * (n + 1));
   int32_t *overlay_column = malloc(sizeof(int32_t) * n);
   float *overlay_delta = malloc(sizeof(float) * n);
@@ -88,6 +95,11 @@ static void run(int index, int64_t n, int64_t m, const Tier *tiers, int count, i
     overlay_delta[row] = uniform();
   }
   overlay_start[n] = n;
+  char *x = malloc(m * w.k * element), *out = malloc(m * n * element);
+  for (int64_t i = 0; i < m * w.k; i++) store(x, i, dtype, (noise() >> 28 ? 1 : 50) * uniform());
+  /* The last of several tokens and the first row have the largest sums there are. */
+  for (int64_t i = (m - 1) * w.k; m > 1 && i < m * w.k; i++) store(x, i, dtype, 1.9999999f);
+  if (last != 0) store(x, (m - 1) * w.k, dtype, last);
 
   uint32_t *data = malloc(tiles * w.stream * w.tile * 4 + 1);
   w.column = columns_of(&w, groups);
@@ -97,47 +109,85 @@ static void run(int index, int64_t n, int64_t m, const Tier *tiers, int count, i
   w.overlay_delta = overlay_delta;
   pbq_repack(&w, stored, data, threads);
   w.data = exactly(data, tiles * w.stream * w.tile * 4);
-  if (pbq_matmul(&w, mode, x, dtype, m, out, dtype, threads)) exit(2);
+  if (pbq_matmul(&w, c->mode, x, dtype, m, out, dtype, threads)) exit(2);
   for (int64_t i = 0; i < m * n; i++) y[i] = load(out, i, dtype);
-  char *dense = malloc(n * w.k * element), *line = malloc(threads * w.k * element);
+  char *decoded = malloc(n * w.k * element), *line = malloc(threads * w.k * element);
   int64_t *to = malloc(w.k * sizeof(int64_t));
-  for (int64_t c = 0; c < w.k; c++) to[c] = w.k - 1 - c;
-  pbq_decode(&w, 0, n, w.k, dtype, NULL, NULL, dense, threads);
-  pbq_decode(&w, 0, n, w.k, dtype, to, line, dense, threads);
+  for (int64_t i = 0; i < w.k; i++) to[i] = w.k - 1 - i;
+  if (dense) {
+    pbq_decode(&w, 0, n, w.k, dtype, NULL, NULL, decoded, threads);
+    pbq_decode(&w, 0, n, w.k, dtype, to, line, decoded, threads);
+    for (int64_t i = 0; i < n * w.k; i++) dense[i] = load(decoded, i, dtype);
+  }
 
   void *all[] = {(void *)w.group, stored,         scale,         x,    out,
                  overlay_start,   overlay_column, overlay_delta, data, (void *)w.column,
-                 (void *)w.scale, (void *)w.data, dense, line, to};
+                 (void *)w.scale, (void *)w.data, decoded,       line, to};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
-static float worst(int64_t count, const float *a, const float *b) {
-  float most = 0;
-  for (int64_t i = 0; i < count; i++) most = fmaxf(most, fabsf(a[i] - b[i]) / (1 + fabsf(b[i])));
-  return most;
+#define MOST_SUMS (33 * 37)
+#define MOST_WEIGHTS (130 * 2100)
+
+static float y[MOST_SUMS], expected[MOST_SUMS], other[MOST_SUMS];
+static float dense[MOST_WEIGHTS], expected_dense[MOST_WEIGHTS];
+
+/* The largest difference from `expected`, by its largest number. */
+static float worst(int64_t count) {
+  float error = 0, most = 1e-30f;
+  for (int64_t i = 0; i < count; i++) {
+    error = fmaxf(error, fabsf(y[i] - expected[i]));
+    most = fmaxf(most, fabsf(expected[i]));
+    if (y[i] != y[i]) return y[i];
+  }
+  return error / most;
+}
+
+/* What is wrong with a variant's results for this case, or NULL. */
+static const char *fault(const Case *c, int index, int threads) {
+  static const float MOST[] = {[FLOAT32] = 2e-6f, [BFLOAT16] = 0x1p-7f, [FLOAT16] = 0x1p-10f};
+  const int64_t n = c->n, m = c->m;
+  int64_t k = 0;
+  for (int t = 0; t < c->count; t++) k += c->tiers[t].columns;
+  run(c, index, threads, 0, y, dense);
+  if (!(worst(m * n) <= MOST[c->dtype])) return "differs";
+  if (memcmp(dense, expected_dense, n * k * sizeof(float))) return "decodes otherwise";
+  run(c, index, threads, INFINITY, other, NULL);
+  if (memcmp(other, y, (m - 1) * n * sizeof(float))) return "depends on other tokens";
+  for (int64_t i = (m - 1) * n; i < m * n; i++)
+    if (isfinite(other[i])) return "hides what is not finite";
+  Case alone = *c;
+  alone.m = 1;
+  run(&alone, index, 1, 0, other, NULL);
+  return m > 1 && memcmp(other, y, n * sizeof(float)) ? "depends on how many there are" : NULL;
 }
 
 int main(void) {
   static const Tier MIXES[][4] = {
+      {{1, 1, 1, 0, 0}},
       {{1, 63, 63, 0, 0}},
       {{0, 7, 7, 0, 1}, {1, 61, 33, 0, 1}, {2, 30, 30, 1, 0}, {4, 95, 64, 0, 1}},
       {{5, 1, 1, 0, 0}, {8, 33, 33, 1, 1}},
+      {{7, 31, 31, 0, 1}},
+      {{2, 360, 90, 1, 0}, {3, 640, 640, 0, 0}},
+      {{1, 2100, 2100, 0, 0}},
   };
-  static const int COUNTS[] = {1, 4, 2};
-  static const int64_t ROWS[] = {1, 33, 130}, TOKENS_OF[] = {1, 3, 37};
-  static float y[37 * 130], expected[37 * 130];
+  static const int64_t SHAPES[][2] = {{1, 4}, {31, 1}, {33, 37}, {65, 3}, {130, 5}};
+  static const int THREADS[] = {1, 2, 5}; /* alone, x for each, x shared */
+  const int mixes = sizeof MIXES / sizeof *MIXES, shapes = sizeof SHAPES / sizeof *SHAPES;
   int checked = 0, portable = 0;
   while (pbq_variant_name(portable + 1)) portable++;
-  for (int i = 0; i < 3 * 3 * 3 * 2 * 3; i++) {
-    const Tier *mix = MIXES[i % 3];
-    const int count = COUNTS[i % 3], mode = i / 27 % 2, dtype = i / 54;
-    const int64_t n = ROWS[i / 3 % 3], m = TOKENS_OF[i / 9 % 3];
-    run(portable, n, m, mix, count, dtype, mode, 1, expected);
+  for (int i = 0; i < mixes * shapes * 6; i++) {
+    const int64_t *shape = SHAPES[i / mixes % shapes];
+    Case c = {
+        shape[0], shape[1], MIXES[i % mixes], 0, i / mixes / shapes % 3, i / mixes / shapes / 3};
+    while (c.count < 4 && c.tiers[c.count].columns) c.count++;
+    run(&c, portable, 1, 0, expected, expected_dense);
     for (int index = 0; index <= portable; index++, checked++) {
-      run(index, n, m, mix, count, dtype, mode, 1 + i % 2, y);
-      const float error = worst(m * n, y, expected), most = dtype == FLOAT32 ? 1e-4f : 1e-2f;
-      if (!(error <= most)) {
-        printf("%s: case %d differs by %g\n", pbq_variant_name(index), i, (double)error);
+      const char *found = fault(&c, index, THREADS[i % 3]);
+      if (found) {
+        printf("%s, case %d: %s (%g)\n", pbq_variant_name(index), i, found,
+               (double)worst(c.m * c.n));
         return 1;
       }
     }

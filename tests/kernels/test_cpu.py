@@ -27,7 +27,7 @@ from pbq_kernels.reference import dequantize
 
 RandomPacked = Callable[..., PackedWeight]
 
-NAMES = ["avx512vnni", "avx512", "avx2", "portable"]
+NAMES = ["avx512vnni", "avx512", "avx2", "neon", "portable"]
 CPU = torch.device("cpu")
 
 # (n, k, tiers): one row, rows beside a tile, a column alone, k that fills no word and no byte,
@@ -394,8 +394,8 @@ def test_why_not() -> None:
     layout = WeightLayout(4, 8, (Tier(1, 8),))
     assert CpuBackend("cpu").why_not(layout, CPU) is None
     assert "the weight is on cuda" in str(CpuBackend("cpu").why_not(layout, torch.device("cuda")))
-    unknown = CpuBackend("cpu", variant="neon")
-    assert unknown.why_not(layout, CPU) == "this CPU does not run the neon variant"
+    unknown = CpuBackend("cpu", variant="mmx")
+    assert unknown.why_not(layout, CPU) == "this CPU does not run the mmx variant"
     wide = WeightLayout(1, 2**23, (Tier(1, 2**23),))
     assert "overflow" in str(CpuBackend("cpu-int8", "int8").why_not(wide, CPU))
     assert CpuBackend("cpu").why_not(wide, CPU) is None
@@ -498,4 +498,23 @@ def test_sanitizers(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run([str(program)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert int(done.stdout.split()[0]) >= 162  # of each variant
+    assert int(done.stdout.split()[0]) >= 210  # of each variant
+
+
+def test_neon_under_emulation(tmp_path: Path) -> None:
+    """The same cases on an emulated ARM CPU, with the flags of the wheel."""
+    compiler = shutil.which("aarch64-linux-gnu-gcc")
+    emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+    if not compiler or not emulator:
+        pytest.skip("needs aarch64-linux-gnu-gcc and qemu-aarch64")
+    command = [compiler, *cpu_build.FLAGS, "-fopenmp", "-static"]
+    empty, program = tmp_path / "empty.c", tmp_path / "cpu_neon"
+    empty.write_text("#include <math.h>\nint main(void) { return 0; }\n")
+    if subprocess.run([*command, str(empty), "-o", str(program)], capture_output=True).returncode:
+        pytest.skip(f"{compiler} comes without a C library")
+    source, folder = Path(__file__).with_name("cpu_sanitize.c"), f"-I{cpu_build.SOURCE.parent}"
+    subprocess.run([*command, folder, str(source), "-o", str(program), "-lm"], check=True)
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run([emulator, str(program)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[0]) == 2 * 210  # neon and portable
