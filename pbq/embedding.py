@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from pbq.errors import ModelError, UsageError
 from pbq.linear import PackedLinear, PackedModule
 from pbq_kernels import WeightLayout
-from pbq_kernels.reference import gather
 
 
 class PackedEmbedding(PackedModule):
@@ -34,7 +33,7 @@ class PackedEmbedding(PackedModule):
         self.dtype, self.padding_idx = dtype, padding_idx
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(x) if x.is_floating_point() else gather(self.packed(), x, self.dtype)
+        return self.product(x) if x.is_floating_point() else self.rows(x, self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedEmbedding:
         super()._apply(fn, recurse)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from pbq.errors import UsageError
-from pbq_kernels import BACKENDS, Backend, PackedWeight, WeightLayout, select
-from pbq_kernels.layout import check_tensors
-from pbq_kernels.reference import dequantize
+from pbq.stored import Rebuilt, StoredTensors
+from pbq_kernels import BACKENDS, Backend, PackedWeight, WeightLayout, planes, select
+from pbq_kernels.layout import check_tensors, padding_is_zero
+from pbq_kernels.reference import BY_ROW, dense_rows, dequantize
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,15 +45,19 @@ class PackedModule(nn.Module):
 
     Its buffers are exactly the tensors of the layout, in their stored dtypes whatever the model is
     cast to. What the backend makes of them is kept outside the state dict and made anew after a
-    move, a load or a copy. After writing into a buffer in place, call `forget_prepared`. To
-    torch.compile the product is one operator, `pbq::packed_linear`.
+    move, a load or a copy. While it is kept, the planes are not, if it has their bits: a buffer
+    that is read is rebuilt, and let go again by the next product. After writing into a buffer in
+    place, call `forget_prepared`, before the next product. To torch.compile the product is one
+    operator, `pbq::packed_linear`, and looking up rows another.
     """
 
     # WeightLayout names it; declared for the type checker and for code that reads `.weight`.
     weight: Tensor
+    _buffers: StoredTensors
 
     def __init__(self, layout: WeightLayout) -> None:
         super().__init__()
+        self._buffers = StoredTensors()
         self.layout = layout
         for name, spec in layout.tensors().items():
             self.register_buffer(name, torch.zeros(spec.shape, dtype=spec.dtype))
@@ -84,6 +89,22 @@ class PackedModule(nn.Module):
             return _packed_linear(x, _prepare_once(self._key), self.layout.n)
         return self.multiply(x)
 
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """dequantize(dtype)[ids], from these rows alone; ids int [*b] -> [*b, k]."""
+        if torch.compiler.is_compiling():
+            return _packed_rows(ids, self._key, self.layout.k, dtype)
+        return self.gather(ids, dtype)
+
+    def gather(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """`rows`, where nothing is compiled."""
+        flat, n = ids.flatten().long(), self.layout.n
+        flat = torch.where((flat < 0) & (flat >= -n), flat + n, flat)
+        taken = {
+            name: self._buffers.rows(name, flat) if name in BY_ROW else self._stored(name)
+            for name in self.layout.tensors()
+        }
+        return dense_rows(self.layout, taken).to(dtype).view(*ids.shape, self.layout.k)
+
     def multiply(self, x: Tensor) -> Tensor:
         """`product`, where nothing is compiled."""
         prepared = self.prepare()
@@ -92,9 +113,28 @@ class PackedModule(nn.Module):
     def prepare(self) -> _Prepared:
         """What the chosen backend made of the weight; made now, if it was not before."""
         prepared = self._prepared
-        if prepared is None or not prepared.serves(self.weight, _backend_name):
-            prepared = self._prepare()
+        if prepared is None or not prepared.serves(self._buffers, _backend_name):
+            prepared = self._settle()
         return prepared
+
+    def _settle(self) -> _Prepared:
+        """Prepares if that is needed, and lets go of what the form has too."""
+        with self._buffers.lock:  # another thread may be at it
+            prepared = self._prepared
+            if prepared is None or not prepared.may_serve(self._buffers, _backend_name):
+                prepared = self._prepare()
+            if self._is_offloaded():
+                # the next product has other tensors: neither form nor way back would be used again
+                self._prepared = None
+                return prepared
+            self._prepared = prepared
+            prepared.let_go(self._buffers)
+            return prepared
+
+    def _is_offloaded(self) -> bool:
+        """Whether accelerate brings the buffers anew for every call."""
+        hook = getattr(self, "_hf_hook", None)
+        return bool(getattr(hook, "offload", False) and getattr(hook, "offload_buffers", False))
 
     def _prepare(self) -> _Prepared:
         # Kernels index memory by these values: a file that lies must not reach one.
@@ -103,9 +143,17 @@ class PackedModule(nn.Module):
             backend = select(self.layout, self.weight.device, _backend_name)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        form = backend.prepare(self.packed())
-        self._prepared = _Prepared(backend, form, self.weight, _backend_name)
-        return self._prepared
+        packed = self.packed()
+        form = backend.prepare(packed)
+        exact = padding_is_zero(self.layout, packed.tensors)
+        rebuilt = {
+            name: Rebuilt(packed.tensors[name], rows)
+            for name, rows in (planes(backend, form) if exact else {}).items()
+        }
+        held: dict[str, Tensor | Rebuilt] = {
+            name: packed.tensors[name] for name in ("weight", *rebuilt)
+        }
+        return _Prepared(backend, form, _backend_name, rebuilt, held)
 
     def forget_prepared(self) -> None:
         """The next forward prepares the buffers again."""
@@ -113,7 +161,7 @@ class PackedModule(nn.Module):
 
     def _stored(self, name: str) -> Tensor:
         tensor = self._buffers[name]
-        assert tensor is not None
+        assert isinstance(tensor, Tensor)
         return tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -144,6 +192,8 @@ class PackedModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if not isinstance(self._buffers, StoredTensors):
+            self._buffers = StoredTensors(self._buffers)
         self._key = _register(self)
 
     def extra_repr(self) -> str:
@@ -187,18 +237,40 @@ class PackedLinear(PackedModule):
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Prepared:
-    """What `backend`, chosen when `asked` was asked for, made of the buffers beside `weight`."""
+    """What `backend`, chosen when `asked` was asked for, made of a module's buffers.
+
+    rebuilt: by name, the buffers that the form can give back. held: what the module held of these,
+    and of `weight`, when this was last looked at.
+    """
 
     backend: Backend
     form: Any
-    weight: Tensor
     asked: str
+    rebuilt: dict[str, Rebuilt]
+    held: dict[str, Tensor | Rebuilt]
 
-    def serves(self, weight: Tensor, asked: str) -> bool:
+    def serves(self, buffers: StoredTensors, asked: str) -> bool:
+        """Whether all is as it was."""
         # Identity: accelerate's offloading replaces the buffers without telling the module.
-        return self.weight is weight and self.asked == asked
+        for name, held in self.held.items():
+            if buffers.held(name) is not held:
+                return False
+        return self.asked == asked
+
+    def may_serve(self, buffers: StoredTensors, asked: str) -> bool:
+        """Whether all is as it was, but for buffers that have been read."""
+        now = {name: buffers.held(name) for name in self.held}
+        return self.asked == asked and all(
+            now[name] is held or (name in self.rebuilt and self.rebuilt[name].is_like(now[name]))
+            for name, held in self.held.items()
+        )
+
+    def let_go(self, buffers: StoredTensors) -> None:
+        for name, rebuilt in self.rebuilt.items():
+            buffers.let_go(name, rebuilt)
+        self.held = {name: buffers.held(name) for name in self.held}
 
 
 def _as_integers(tensor: Tensor) -> Tensor:
@@ -236,6 +308,21 @@ def _packed_linear(x: Tensor, key: int, n: int) -> Tensor:
 @_packed_linear.register_fake
 def _(x: Tensor, key: int, n: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.custom_op(
+    "pbq::packed_rows",
+    mutates_args=(),
+    schema="(Tensor ids, int key, int k, ScalarType dtype) -> Tensor",
+)
+def _packed_rows(ids: Tensor, key: int, k: int, dtype: torch.dtype) -> Tensor:
+    """Rows [*b, k] of the weight of the module `key`."""
+    return _modules[key].gather(ids, dtype)
+
+
+@_packed_rows.register_fake
+def _(ids: Tensor, key: int, k: int, dtype: torch.dtype) -> Tensor:
+    return ids.new_empty((*ids.shape, k), dtype=dtype)
 
 
 @torch.library.custom_op(

@@ -29,7 +29,7 @@ from pbq.pipeline import quantize
 from pbq.planning import plan
 from pbq.rounding import embedding_layout, round_embeddings, round_weight
 from pbq_kernels import PackedFormatError, PackedWeight, Tier
-from pbq_kernels.reference import dequantize, gather
+from pbq_kernels.reference import dequantize
 
 IDS = torch.arange(40)[None]
 # tied, and untied: plain, saved under another name, with a bias, with a padding row
@@ -68,7 +68,11 @@ def test_rows_are_those_of_the_whole_weight(
 ) -> None:
     packed = random_packed(37, 45, tiers, column_scale=len(tiers) == 3)
     for dtype in (torch.float32, torch.bfloat16):
-        assert torch.equal(gather(packed, rows, dtype), dequantize(packed, dtype)[rows])
+        embedding, expected = embedding_of(packed, dtype), dequantize(packed, dtype)[rows]
+        assert torch.equal(embedding(rows), expected)
+        embedding.prepare()
+        assert torch.equal(embedding(rows), expected)
+        assert torch.equal(embedding(rows - 37), expected)
 
 
 def test_rows_that_do_not_stand_by_themselves_are_refused(random_packed: RandomPacked) -> None:

@@ -203,6 +203,8 @@ def test_disk_offload(
     expected = logits(load(path))
     assert torch.equal(logits(model), expected)
     assert torch.equal(logits(model), expected)
+    # what is not in memory has no form there either
+    assert (model.model.layers[1].mlp.up_proj._prepared is None) == offload_buffers
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(load(tmp_path / "saved")), expected)
     verify(tmp_path / "saved")

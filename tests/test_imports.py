@@ -33,6 +33,7 @@ FLOORS: dict[str, int] = {
     "pbq.work": 4,
     "pbq.sources": 4,
     "pbq.recipes": 4,
+    "pbq.stored": 4,
     "pbq.linear": 4,
     "pbq.embedding": 4,
     "pbq.rounding": 4,

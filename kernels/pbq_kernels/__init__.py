@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from pbq_kernels import reference
 from pbq_kernels.cpu import CpuBackend
 from pbq_kernels.layout import (
     FORMAT_VERSION,
+    INNER,
     PackedFormatError,
     PackedWeight,
     Tier,
@@ -26,9 +28,11 @@ __all__ = [
     "Backend",
     "PackedFormatError",
     "PackedWeight",
+    "PlaneBackend",
     "Tier",
     "WeightLayout",
     "dequant_matmul",
+    "planes",
     "select",
 ]
 
@@ -48,6 +52,14 @@ class Backend(Protocol):
 
     def matmul(self, x: Tensor, prepared: Any) -> Tensor:
         """x [*b, k] @ W_hat.T -> [*b, n] in x's dtype."""
+
+
+@runtime_checkable
+class PlaneBackend(Backend, Protocol):
+    """A backend whose form holds the stored planes in another order, so these need not be kept."""
+
+    def planes(self, prepared: Any) -> dict[str, Callable[[Tensor], Tensor]]:
+        """By name of a stored tensor: rows int64 [r] -> exactly those rows of it."""
 
 
 class ReferenceBackend:
@@ -82,9 +94,19 @@ class InARow:
         outer, inner = pw.factors()
         return self.outer.prepare(outer), self.inner.prepare(inner)
 
+    def planes(self, prepared: tuple[Any, Any]) -> dict[str, Callable[[Tensor], Tensor]]:
+        outer, inner = prepared
+        of_inner = planes(self.inner, inner)
+        return {**planes(self.outer, outer), **{INNER + name: of_inner[name] for name in of_inner}}
+
     def matmul(self, x: Tensor, prepared: tuple[Any, Any]) -> Tensor:
         outer, inner = prepared
         return self.outer.matmul(self.inner.matmul(x, inner), outer)
+
+
+def planes(backend: Backend, prepared: Any) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What `PlaneBackend.planes` says; nothing for a backend that has the planes no more."""
+    return backend.planes(prepared) if isinstance(backend, PlaneBackend) else {}
 
 
 # Fastest first; `select` takes the first that serves the layout and the device. The reference

@@ -1170,6 +1170,35 @@ EXPORT void pbq_repack(const Weight *w, const uint8_t *stored, uint32_t *out, in
   }
 }
 
+/* The inverse of stored_bits, into a row that is zero there. */
+static void store_bits(uint8_t *row, int64_t row_bytes, int64_t first, uint32_t word) {
+  const uint64_t bits = (uint64_t)word << first % 8;
+  for (int64_t i = 0; i < 5 && first / 8 + i < row_bytes; i++)
+    row[first / 8 + i] |= (uint8_t)(bits >> 8 * i);
+}
+
+/* The inverse of pbq_repack for `count` rows: out uint8 [count, row_bytes]. 0, or 1 when one of the
+ * rows does not exist. */
+EXPORT int pbq_unpack(const Weight *w, const int64_t *row, int64_t count, uint8_t *out,
+                      int threads) {
+  for (int64_t i = 0; i < count; i++)
+    if (row[i] < 0 || row[i] >= w->n) return 1;
+  (void)threads; /* without OpenMP */
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < count; i++) {
+    uint8_t *to = out + i * w->row_bytes;
+    const uint32_t *from = w->data + row[i] / w->tile * w->stream * w->tile + row[i] % w->tile;
+    memset(to, 0, (size_t)w->row_bytes);
+    for (int j = 0; j < w->groups; j++) {
+      const Group *g = w->group + j;
+      for (int p = 0; p < g->planes; p++)
+        for (int word = 0; word < g->words; word++, from += w->tile)
+          store_bits(to, w->row_bytes, g->bit + p * g->plane_bits + word * w->word_columns, *from);
+    }
+  }
+  return 0;
+}
+
 /* out[to[c]] = from[c] for numbers of so many bytes. */
 INLINE void scatter(const char *restrict from, const int64_t *restrict to, int64_t columns,
                     int64_t size, char *restrict out) {

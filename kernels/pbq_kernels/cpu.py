@@ -9,7 +9,7 @@ import ctypes
 import functools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.pbq_variant_name.restype = ctypes.c_char_p
     library.pbq_repack.argtypes = [pointer, pointer, pointer, integer]
     library.pbq_repack.restype = None
+    library.pbq_unpack.argtypes = [pointer, pointer, wide, pointer, integer]
     library.pbq_decode.argtypes = [
         *(pointer, wide, wide, wide, integer, pointer, pointer, pointer, integer)
     ]
@@ -183,6 +184,21 @@ class CpuWeight:
     def __post_init__(self) -> None:
         self.address = ctypes.addressof(self.whole.struct)
         self._parts: dict[int, tuple[_Part | None, _Part | None]] = {}
+
+    def stored_rows(self, rows: Tensor) -> Tensor:
+        """The stored planes of rows int64 [r], uint8 [r, row_bytes]: undoes `repack`.
+
+        Raises IndexError.
+        """
+        row_bytes = self.whole.struct.row_bytes
+        out = torch.empty(len(rows), row_bytes, dtype=torch.uint8, device="cpu")
+        threads = min(torch.get_num_threads(), 1 + 8 * out.numel() // _BITS_PER_THREAD)
+        rows = rows.contiguous()
+        if self.library.pbq_unpack(
+            self.address, rows.data_ptr(), len(rows), out.data_ptr(), threads
+        ):
+            raise IndexError(f"a row is not one of the {self.n} of the weight")
+        return out
 
     def parts(self, planes: int) -> tuple[_Part | None, _Part | None]:
         """(groups of fewer planes, groups of at least so many); None for no groups."""
@@ -371,6 +387,9 @@ class CpuBackend:
             raise ValueError(f"kernel backend {self.name!r} cannot be used here: {reason}")
         variant = variants(library).index(self._variant) if self._variant else 0
         return repack(pw, library, variant)
+
+    def planes(self, prepared: CpuWeight) -> dict[str, Callable[[Tensor], Tensor]]:
+        return {"weight": prepared.stored_rows}
 
     def matmul(self, x: Tensor, prepared: CpuWeight) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():

@@ -84,10 +84,10 @@ class Tier:
         """Bytes of one row: all planes one after another, padded once to whole bytes."""
         return math.ceil(self.planes * self.columns / 8)
 
-    def group_of_column(self) -> Tensor:
+    def group_of_column(self, device: torch.device | None = None) -> Tensor:
         """int64 [columns]: the group each stored column belongs to."""
         size = self.columns if self.group_size == -1 else self.group_size
-        return torch.arange(self.columns) // max(size, 1)
+        return torch.arange(self.columns, device=device) // max(size, 1)
 
 
 @dataclass(frozen=True)
@@ -267,12 +267,34 @@ class PackedWeight:
 
     def permutation(self) -> Tensor:
         """int64 [k]: original column of each stored column."""
-        if "tier" not in self.tensors:
-            return torch.arange(self.layout.k, device=self.tensors["weight"].device)
-        return torch.argsort(self.tensors["tier"], stable=True)
+        return permutation(self.layout, self.tensors)
 
     def to(self, device: torch.device | str) -> PackedWeight:
         return PackedWeight(self.layout, {n: t.to(device) for n, t in self.tensors.items()})
+
+
+def permutation(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> Tensor:
+    """int64 [k]: original column of each stored column."""
+    if "tier" not in tensors:
+        return torch.arange(layout.k, device=tensors["weight"].device)
+    return torch.argsort(tensors["tier"], stable=True)
+
+
+def padding_is_zero(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the bits that fill the last byte of a tier's planes are zero, as from `pack_bits`.
+
+    Nothing reads them, so files that have others there are valid.
+    """
+    if layout.rank:
+        pairs = zip(layout.factors(), split_factors(tensors), strict=True)
+        return all(padding_is_zero(factor, own) for factor, own in pairs)
+    end = 0
+    for tier in layout.tiers:
+        end += tier.row_bytes
+        used = tier.planes * tier.columns % 8
+        if used and (tensors["weight"][:, end - 1] >> used).any():
+            return False
+    return True
 
 
 def split_factors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -333,11 +355,12 @@ def _check_values(layout: WeightLayout, tensors: Mapping[str, Tensor], prefix: s
 def pack_bits(bits: Tensor) -> Tensor:
     """bool or {0,1} [n, b] -> uint8 [n, ceil(b/8)], linear order, least significant bit first."""
     n, b = bits.shape
-    padded = torch.zeros(n, math.ceil(b / 8) * 8, dtype=torch.uint8, device=bits.device)
+    row_bytes = math.ceil(b / 8)
+    padded = torch.zeros(n, row_bytes * 8, dtype=torch.uint8, device=bits.device)
     padded[:, :b] = bits
     powers = (1 << torch.arange(8, device=bits.device)).to(torch.uint8)
     # uint8 sums cannot overflow: the eight powers are distinct
-    return (padded.view(n, -1, 8) * powers).sum(-1, dtype=torch.uint8)
+    return (padded.view(n, row_bytes, 8) * powers).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(data: Tensor, b: int) -> Tensor:

@@ -13,8 +13,12 @@ from pbq_kernels.layout import (
     expand_offsets,
     expand_scales,
     overlay_positions,
+    permutation,
     unpack_codes,
 )
+
+# The stored tensors that have a row for each row of the weight.
+BY_ROW = ("weight", "scale", "offset")
 
 
 def dequantize(pw: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -22,7 +26,7 @@ def dequantize(pw: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     if pw.layout.rank:
         outer, inner = pw.factors()
         return (dequantize(outer) @ dequantize(inner)).to(dtype)
-    W = _planes(pw.layout, pw.tensors, pw.permutation())
+    W = dense_rows(pw.layout, pw.tensors)
     if pw.layout.overlay:
         rows, columns = overlay_positions(pw.layout, pw.tensors)
         values = pw.tensors["overlay_value"].float() * pw.tensors["overlay_scale"].float()[rows]
@@ -30,22 +34,11 @@ def dequantize(pw: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     return W.to(dtype)
 
 
-def gather(pw: PackedWeight, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """dequantize(pw, dtype)[rows], from the bytes of these rows alone; rows int [*b] -> [*b, k].
+def dense_rows(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Offsets and planes of as many rows as there are in the tensors of BY_ROW: float32 [rows, k].
 
-    The layout must be one whose rows stand by themselves (`WeightLayout.check_rows`).
+    Of some rows only these are W_hat where they stand by themselves (`WeightLayout.check_rows`).
     """
-    flat = rows.flatten()
-    taken = {
-        name: tensor[flat] if name in ("weight", "scale", "offset") else tensor
-        for name, tensor in pw.tensors.items()
-    }
-    W = _planes(pw.layout, taken, pw.permutation())
-    return W.to(dtype).view(*rows.shape, pw.layout.k)
-
-
-def _planes(layout: WeightLayout, tensors: Mapping[str, Tensor], permutation: Tensor) -> Tensor:
-    """Offsets and planes of as many rows as there are in `tensors`: float32 [rows, k]."""
     scales = expand_scales(layout, tensors.get("scale"))
     offsets = expand_offsets(layout, tensors.get("offset"))
     device, n = tensors["weight"].device, len(tensors["weight"])
@@ -54,7 +47,7 @@ def _planes(layout: WeightLayout, tensors: Mapping[str, Tensor], permutation: Te
         data = tensors["weight"][:, start : start + tier.row_bytes]
         start += tier.row_bytes
         codes = unpack_codes(data, tier.planes, tier.columns)
-        group = tier.group_of_column().to(device)
+        group = tier.group_of_column(device)
         part = torch.zeros(n, tier.columns, device=device)
         if offset is not None:
             part += offset[:, group]
@@ -63,7 +56,7 @@ def _planes(layout: WeightLayout, tensors: Mapping[str, Tensor], permutation: Te
             part += scale[:, :, p][:, group] * sign
         parts.append(part)
     W = torch.empty(n, layout.k, device=device)
-    W[:, permutation] = torch.cat(parts, 1)
+    W[:, permutation(layout, tensors)] = torch.cat(parts, 1)
     if layout.column_scale:
         W *= tensors["column_scale"].float()
     return W

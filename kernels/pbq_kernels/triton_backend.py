@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -101,6 +101,9 @@ class TritonBackend:
         if reason:
             raise ValueError(f"kernel backend {self.name!r} cannot be used here: {reason}")
         return triton_layout.repack(pw)
+
+    def planes(self, prepared: TritonWeight) -> dict[str, Callable[[Tensor], Tensor]]:
+        return {"weight": functools.partial(triton_layout.stored_rows, prepared)}
 
     def matmul(self, x: Tensor, prepared: TritonWeight) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():

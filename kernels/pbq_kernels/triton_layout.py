@@ -18,6 +18,7 @@ from pbq_kernels.layout import (
     WeightLayout,
     check_tensors,
     overlay_positions,
+    pack_codes,
     unpack_codes,
 )
 from pbq_kernels.reference import dequantize
@@ -56,8 +57,7 @@ class TritonWeight:
     flush: steps between two scales, where there are groups of them; 0 for scales of whole rows.
     """
 
-    n: int
-    k: int
+    layout: WeightLayout
     words: Tensor  # int32 [tiles, blocks, ROWS, WORDS]
     scales: Tensor  # float16 [tiles, slots, ROWS]: see `_scales`
     fields: Tensor  # int32 [1 + fields, FIELD]: see `_describe`
@@ -67,6 +67,14 @@ class TritonWeight:
     flush: int
     offsets: bool
     overlay: Overlay | None
+
+    @property
+    def n(self) -> int:
+        return self.layout.n
+
+    @property
+    def k(self) -> int:
+        return self.layout.k
 
     @property
     def blocks(self) -> int:
@@ -137,9 +145,9 @@ class _Span:
     def slots(self) -> int:
         return self.scale_slots + self.groups * self.tier.offset
 
-    def position(self) -> Tensor:
+    def position(self, device: torch.device) -> Tensor:
         """int64 [tier.columns]: place of each stored column in the tier's steps of x."""
-        column = torch.arange(self.tier.columns)
+        column = torch.arange(self.tier.columns, device=device)
         if self.tier.groups == 1:
             return column
         size = self.tier.group_size
@@ -192,8 +200,7 @@ def repack(pw: PackedWeight) -> TritonWeight:
         column_scale = tensors["column_scale"].float()[column.clamp(min=0).long()] / factor
     grouped = [span.group_steps for span in spans if span.tier.groups > 1]
     return TritonWeight(
-        n=layout.n,
-        k=layout.k,
+        layout=layout,
         words=_words(pw, fields),
         scales=_scales(pw, spans),
         fields=_describe(fields).to(column.device),
@@ -264,7 +271,7 @@ def _columns(pw: PackedWeight, spans: list[_Span]) -> Tensor:
     for span in spans:
         part = stored.new_full((span.steps * STEP,), -1)
         own = stored[span.columns_before : span.columns_before + span.tier.columns]
-        part[span.position().to(stored.device)] = own
+        part[span.position(stored.device)] = own
         parts.append(part)
     return torch.cat(parts)
 
@@ -327,13 +334,47 @@ def _field_words(rows: Tensor, field: _Field) -> Tensor:
     data = rows[:, span.bytes_before : span.bytes_before + tier.row_bytes]
     codes = unpack_codes(data, tier.planes, tier.columns) >> field.low & (2**width - 1)
     padded = codes.new_zeros(len(rows), span.steps * STEP)
-    padded[:, span.position().to(rows.device)] = codes
+    padded[:, span.position(rows.device)] = codes
     values = padded.view(len(rows), field.blocks, 16 // width, WORDS, 2).to(torch.int32)
-    step = torch.arange(16 // width, dtype=torch.int32, device=rows.device)
-    half = torch.arange(2, dtype=torch.int32, device=rows.device)
-    shifts = width * step[:, None, None] + 16 * half
     # the values lie in distinct bits, and the sum wraps into the sign
-    return (values << shifts).sum((2, 4), dtype=torch.int32)
+    return (values << _shifts(width, rows.device)).sum((2, 4), dtype=torch.int32)
+
+
+def _shifts(width: int, device: torch.device) -> Tensor:
+    """int32 [16 // width, 1, 2]: where in a word the values of a field begin."""
+    step = torch.arange(16 // width, dtype=torch.int32, device=device)
+    half = torch.arange(2, dtype=torch.int32, device=device)
+    return width * step[:, None, None] + 16 * half
+
+
+def stored_rows(weight: TritonWeight, rows: Tensor) -> Tensor:
+    """The stored planes of rows int64 [r], uint8 [r, row_bytes]: undoes `repack`.
+
+    Waits for no GPU, so that a CUDA graph may record it.
+    """
+    spans = list(_spans(weight.layout))
+    parts = []
+    for some in rows.split(max(1, _MOST_UNPACKED // weight.layout.k)):
+        words = weight.words[some // ROWS, :, some % ROWS]
+        codes = _span_codes(words, _fields(spans))
+        tiers = [pack_codes(codes[span], span.tier.planes) for span in spans if span in codes]
+        parts.append(torch.cat([words.new_empty(len(some), 0, dtype=torch.uint8), *tiers], 1))
+    return torch.cat(parts)
+
+
+def _span_codes(words: Tensor, fields: list[_Field]) -> dict[_Span, Tensor]:
+    """int32 [r, blocks, WORDS] -> uint8 [r, tier.columns] of each tier that has planes."""
+    codes: dict[_Span, Tensor] = {}
+    block = 0
+    for field in fields:
+        span, width = field.span, field.width
+        if span.tier.planes:
+            own = words[:, block : block + field.blocks, None, :, None]
+            values = own >> _shifts(width, words.device) & (2**width - 1)
+            part = values.flatten(1)[:, span.position(words.device)].to(torch.uint8) << field.low
+            codes[span] = codes[span] | part if span in codes else part
+        block += field.blocks
+    return codes
 
 
 def _overlay(pw: PackedWeight, column: Tensor) -> Overlay:

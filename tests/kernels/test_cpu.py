@@ -347,6 +347,21 @@ def test_a_repacked_weight_is_no_larger_than_the_stored_one(random_packed: Rando
     assert held < 1.02 * pw.stored_bits / 8
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_stored_rows_come_back(
+    shape: str, variant: str, random_packed: RandomPacked, library: ctypes.CDLL
+) -> None:
+    n, k, tiers = SHAPES[shape]
+    pw = random_packed(n, k, tiers, column_scale=True, overlay=0.05 if n * k > 1 else 0.0)
+    weight, stored = repack(pw, library, variants(library).index(variant)), pw.tensors["weight"]
+    assert torch.equal(weight.stored_rows(torch.arange(n)), stored)
+    some = torch.tensor([n - 1, 0, n // 2, 0])[::2]
+    assert torch.equal(weight.stored_rows(some), stored[some])
+    for row in (-1, n):
+        with pytest.raises(IndexError, match=f"one of the {n} "):
+            weight.stored_rows(torch.tensor([0, row]))
+
+
 # --- what is refused ---------------------------------------------------------------------------
 
 

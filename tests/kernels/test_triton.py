@@ -22,7 +22,7 @@ import pbq_kernels
 from pbq_kernels import PackedWeight, Tier, WeightLayout, select
 from pbq_kernels.reference import dequantize
 from pbq_kernels.triton_backend import CONFIGS, TritonBackend, config, splits
-from pbq_kernels.triton_layout import ROWS, STEP, WORDS, TritonWeight, repack
+from pbq_kernels.triton_layout import ROWS, STEP, WORDS, TritonWeight, repack, stored_rows
 
 pytest.importorskip("triton")
 
@@ -211,6 +211,20 @@ def test_rows_are_repacked_in_chunks(
     whole = repack(pw)
     monkeypatch.setattr("pbq_kernels.triton_layout._MOST_UNPACKED", 1)
     assert torch.equal(repack(pw).words, whole.words)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "rank" not in CASES[name].extras])
+def test_the_stored_rows_come_back(
+    name: str, random_packed: RandomPacked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[name]
+    pw = random_packed(case.n, case.k, case.tiers, **case.extras)
+    weight, stored = repack(pw), pw.tensors["weight"]
+    assert torch.equal(stored_rows(weight, torch.arange(case.n)), stored)
+    monkeypatch.setattr("pbq_kernels.triton_layout._MOST_UNPACKED", case.k)
+    some = torch.tensor([case.n - 1, 0, case.n // 2])
+    assert torch.equal(stored_rows(weight, some), stored[some])
+    assert stored_rows(weight, some[:0]).shape == (0, stored.shape[1])
 
 
 @pytest.mark.parametrize("share", [0.82, 1.0])
