@@ -157,7 +157,8 @@ class PackedModule(nn.Module):
 
     def forget_prepared(self) -> None:
         """The next forward prepares the buffers again."""
-        self._prepared = None
+        with self._buffers.lock:  # what another thread prepares now is to be forgotten too
+            self._prepared = None
 
     def _stored(self, name: str) -> Tensor:
         tensor = self._buffers[name]
