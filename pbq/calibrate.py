@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from pbq.allocate import ChannelStats
 from pbq.errors import DataError, NumericalError
 from pbq.experts import borrowing
 from pbq.models import weight_of
+from pbq.own_text import Progress, sample_from_model
 
-Progress = Callable[[int, int], None]
 # Calibration segments that the channel statistics are taken from, evenly spread.
 STATISTICS_ROWS = 16
 
@@ -167,60 +166,6 @@ def _read_dataset(source: str) -> Iterator[str]:
             f"{source}: neither a file nor a dataset that can be reached "
             f"({type(error).__name__}); give a local text file or --calib self"
         ) from None
-
-
-@torch.no_grad()
-def sample_from_model(
-    model: Any,
-    tokenizer: Any,
-    nsamples: int,
-    seqlen: int,
-    seed: int,
-    progress: Progress | None = None,
-    batch: int = 128,
-    document: int = 256,
-) -> Tensor:
-    """Text the model writes by itself: random first token, four greedy ones, then sampling.
-
-    Data-free calibration of LLM-QAT (Liu et al. 2023, 3.1), which DB-LLM follows too. int64
-    [nsamples, seqlen]; a row is made of several documents where it is longer than one: many short
-    texts say more of the model than few long ones, and cost less. Deterministic for a seed; the
-    global random state is left alone.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    device = next(model.parameters()).device
-    vocab = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
-    special = set(tokenizer.all_special_ids)
-    ordinary = torch.tensor([i for i in range(vocab) if i not in special])
-    per_row = math.ceil(seqlen / document)
-    length, count = math.ceil(seqlen / per_row), nsamples * per_row
-    documents = []
-    for start in range(0, count, batch):
-        size = min(batch, count - start)
-        pick = torch.randint(len(ordinary), (size, 1), generator=generator)
-        token = ordinary[pick].to(device)
-        ids, cache = [token], None
-        for step in range(1, length):
-            out = model(token, past_key_values=cache, use_cache=True)
-            cache, logits = out.past_key_values, out.logits[:, -1, :vocab].float()
-            token = logits.argmax(-1, keepdim=True) if step <= 4 else _draw(logits, generator, step)
-            ids.append(token)
-            if progress:
-                progress(start * length + step * size, count * length)
-        documents.append(torch.cat(ids, 1).cpu())
-    return torch.cat(documents).view(nsamples, per_row * length)[:, :seqlen].contiguous()
-
-
-def _draw(logits: Tensor, generator: torch.Generator, step: int) -> Tensor:
-    """A token [b, 1] of each row's distribution, by inversion: a number and a search a row.
-
-    torch.multinomial draws a number for each entry of the vocabulary, a third of the whole time.
-    """
-    total = logits.softmax(-1).cumsum(-1)
-    if not torch.isfinite(total[:, -1]).all():
-        raise NumericalError(f"the model's logits at token {step} are not finite")
-    drawn = torch.rand(len(total), 1, generator=generator).to(total.device) * total[:, -1:]
-    return torch.searchsorted(total, drawn, right=True).clamp_max(total.shape[1] - 1)
 
 
 def channel_stats(

@@ -16,6 +16,7 @@ from pbq.config import QuantConfig
 from pbq.disk import size_text
 from pbq.errors import ResourceError
 from pbq.models import find_blocks, find_linears, weight_of
+from pbq.own_text import sampling_bytes
 from pbq.tune import STEP_TOKENS, Recipe
 
 # Python, torch and transformers, measured on Linux with torch 2.13
@@ -83,11 +84,11 @@ def needs(
     working = _block_bytes(block, config, recipe, max(sizes), width)
     whole = {}
     base = _IMPORTS_BYTES + kept
-    if streams:
-        if "self" in config.calib.split("+"):
-            whole["calibration"] = _IMPORTS_BYTES + dense
-        if gradients:
-            whole["statistics"] = base + 2 * dense
+    if "self" in config.calib.split("+"):
+        sampling = sampling_bytes(model, config.nsamples, config.seqlen)
+        whole["calibration"] = _IMPORTS_BYTES + dense + sampling
+    if streams and gradients:
+        whole["statistics"] = base + 2 * dense
     if config.preprocess:
         whole["preprocessing"] = base + 2 * dense + distilling_bytes(model, blocks, width)
     if recipe.distillation is not None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pbq.calibrate import _draw, batches, channel_stats, load_calibration, sample_from_model
+from pbq.calibrate import batches, channel_stats, load_calibration
 from pbq.errors import DataError, NumericalError
 
 
@@ -145,77 +145,6 @@ def test_no_datasets_library_says_what_to_install(monkeypatch, tiny_tokenizer):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="pip install datasets"):
         load("corpus", tiny_tokenizer)
-
-
-# --- the model's own text ---------------------------------------------------------------------
-
-
-def test_self_is_sampled_deterministically_and_leaves_the_global_state(tiny_model, tiny_tokenizer):
-    model = tiny_model("llama")
-    torch.manual_seed(7)
-    state = torch.get_rng_state()
-    one = sample_from_model(model, tiny_tokenizer, 5, 12, seed=1)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(8)
-    assert torch.equal(sample_from_model(model, tiny_tokenizer, 5, 12, seed=1), one)
-    assert not torch.equal(sample_from_model(model, tiny_tokenizer, 5, 12, seed=2), one)
-    calibration = load_calibration("self", tiny_tokenizer, model, nsamples=5, seqlen=12, seed=1)
-    assert torch.equal(calibration.ids, one)
-    assert calibration.source == "sampled from the model itself, seed 1"
-
-
-def test_self_starts_with_an_ordinary_token_and_four_greedy_ones(tiny_model, tiny_tokenizer):
-    model = tiny_model("llama")
-    ids = sample_from_model(model, tiny_tokenizer, 40, 8, seed=0, batch=16)
-    assert ids.shape == (40, 8)
-    assert ids.dtype == torch.int64
-    assert int(ids.max()) < len(tiny_tokenizer) == 259
-    assert int(ids[:, 0].max()) < 256  # 256 to 258 are pad, bos and eos
-    assert len(set(ids[:, 0].tolist())) > 20
-    with torch.no_grad():
-        greedy = model(ids[:, :4]).logits[:, :, :259].argmax(-1)
-    assert torch.equal(ids[:, 1:5], greedy)
-    # afterwards two rows that start alike go their own ways
-    assert len({tuple(row) for row in ids[:, 5:].tolist()}) == 40
-
-
-def test_a_long_row_of_self_is_several_documents(tiny_model, tiny_tokenizer):
-    """23 tokens of documents of at most 8: three of 8, the last one cut by a token."""
-    model = tiny_model("llama")
-    ids = sample_from_model(model, tiny_tokenizer, 6, 23, seed=0, document=8)
-    assert ids.shape == (6, 23)
-    starts = ids[:, [0, 8, 16]]
-    assert int(starts.max()) < 256
-    assert len(set(starts.flatten().tolist())) > 10
-    with torch.no_grad():
-        greedy = model(ids[:, 8:12]).logits[:, :, :259].argmax(-1)
-    assert torch.equal(ids[:, 9:13], greedy)
-
-
-def test_tokens_are_drawn_with_their_probabilities():
-    """Of 40,000 draws each share is within 5 standard errors; what cannot occur never does."""
-    p = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05, 0.0])
-    generator = torch.Generator().manual_seed(0)
-    drawn = _draw(p.log().expand(40000, -1), generator, 5)[:, 0]
-    share = torch.bincount(drawn, minlength=6) / 40000
-    assert (share - p).abs().le(5 * (p * (1 - p) / 40000).sqrt()).all()
-
-
-def test_self_reports_progress_up_to_the_end(tiny_model, tiny_tokenizer):
-    seen = []
-    sample_from_model(
-        tiny_model("llama"), tiny_tokenizer, 5, 8, 0, lambda done, of: seen.append((done, of)), 2
-    )
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert {of for _, of in seen} == {40}
-    assert seen[-1][0] == 39  # the first token of a row costs nothing
-
-
-def test_self_refuses_a_model_that_computes_nan(tiny_model, tiny_tokenizer):
-    model = tiny_model("llama")
-    model.model.norm.weight.data[0] = float("nan")
-    with pytest.raises(NumericalError, match="logits at token 5 are not finite"):
-        sample_from_model(model, tiny_tokenizer, 2, 8, seed=0)
 
 
 # --- statistics -------------------------------------------------------------------------------
