@@ -180,7 +180,7 @@ def _appended(held: Tensor, new: Tensor) -> Tensor:
 
 def _make_room(cache: Cache, length: int) -> None:
     """Let the layers on a CPU that keep all `length` tokens grow in place; others stay theirs."""
-    for i, layer in enumerate(cache.layers):
+    for i, layer in enumerate(getattr(cache, "layers", [])):
         kind = type(layer)
         if kind is not DynamicLayer and kind is not DynamicSlidingWindowLayer:
             continue
