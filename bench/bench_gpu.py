@@ -56,7 +56,8 @@ REPLAYS = 20
 def packed_weight(n: int, k: int, mix: str, seed: int = 0) -> PackedWeight:
     """Random bits and scales on the GPU, columns shuffled."""
     generator = torch.Generator("cuda").manual_seed(seed)
-    counts = [round(share * k) for share, _ in MIXES[mix]]
+    # whole bytes, where k allows: random bits in the padding would have the module keep them
+    counts = [8 * round(share * k / 8) for share, _ in MIXES[mix]]
     counts[-1] += k - sum(counts)
     tiers = tuple(
         Tier(columns=count, **kind) for count, (_, kind) in zip(counts, MIXES[mix], strict=True)

@@ -119,10 +119,16 @@ static void run(const Case *c, int index, int threads, float last, float *y, flo
     pbq_decode(&w, 0, n, w.k, dtype, to, line, decoded, threads);
     for (int64_t i = 0; i < n * w.k; i++) dense[i] = load(decoded, i, dtype);
   }
+  int64_t *rows = malloc(n * sizeof(int64_t));
+  for (int64_t row = 0; row < n; row++) rows[row] = row;
+  memset(stored, 255, n * w.row_bytes);
+  if (pbq_unpack(&w, rows, n, stored, threads)) exit(3);
+  pbq_repack(&w, stored, data, threads);
+  if (memcmp(data, w.data, tiles * w.stream * w.tile * 4)) exit(4);
 
   void *all[] = {(void *)w.group, stored,         scale,         x,    out,
                  overlay_start,   overlay_column, overlay_delta, data, (void *)w.column,
-                 (void *)w.scale, (void *)w.data, decoded,       line, to};
+                 (void *)w.scale, (void *)w.data, decoded,       line, to, rows};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
