@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 PIP := $(RUN) -m pip --disable-pip-version-check -q
 
-.PHONY: quickstart test test-slow test-oldest reliability lint format docs bench-quality bench-cpu bench-gpu bench-sass bench-memory clean
+.PHONY: quickstart test test-slow test-oldest reliability lint format docs bench-quality bench-cpu bench-gpu bench-sass bench-memory bench-whole clean
 
 quickstart: $(VENV)/.demo
 	$(RUN) examples/quickstart.py $(OUT)
@@ -61,6 +61,9 @@ bench-gpu: $(VENV)/.dev
 
 bench-memory: $(VENV)/.dev
 	$(RUN) bench/bench_memory.py
+
+bench-whole: $(VENV)/.dev
+	$(RUN) bench/bench_whole.py $(OUT)
 
 bench-sass: $(VENV)/.dev
 	$(RUN) bench/count_sass.py

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pbq_kernels import BACKENDS, PackedWeight, Tier, WeightLayout
 from pbq_kernels.cpu import LIBRARY, load_library, variants
+from pbq_kernels.layout import pack_bits
 from pbq_kernels.reference import dequantize
 
 SHAPES = ((576, 1536), (2048, 2048), (4096, 4096), (4096, 11008))
@@ -47,8 +48,12 @@ def packed_weight(n: int, k: int, mix: dict[int, float]) -> PackedWeight:
     tiers = tuple(Tier(planes, count) for planes, count in columns.items())
     layout = WeightLayout(n, k, tiers)
     owner = torch.repeat_interleave(torch.tensor(list(columns.values())))
+    planes = [
+        torch.randint(2, (n, tier.planes * tier.columns), dtype=torch.uint8, generator=generator)
+        for tier in tiers
+    ]
     drawn = {
-        "weight": torch.randint(256, (n, layout.row_bytes), dtype=torch.uint8, generator=generator),
+        "weight": torch.cat([pack_bits(bits) for bits in planes], 1),
         "scale": torch.rand(n, sum(t.scales for t in tiers), generator=generator).half(),
         "tier": owner[torch.randperm(k, generator=generator)].byte(),
     }

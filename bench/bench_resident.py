@@ -16,55 +16,21 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from bench_whole import write_random
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import pbq
-from pbq.hf import PbqConfig, install
 from pbq.loader import give_back_memory
-from pbq.models import find_blocks, find_linears
-from pbq_kernels import PackedWeight, Tier, WeightLayout
-from pbq_kernels.layout import pack_codes
 
+SHAPES = {
+    "hidden_size": 2048,
+    "intermediate_size": 5504,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 16,
+    "vocab_size": 512,
+    "tie_word_embeddings": False,
+}
 KINDS = {"resident": "VmRSS", "of no file": "RssAnon", "peak": "VmHWM"}
-
-
-def random_packed(n: int, k: int) -> PackedWeight:
-    few = round(0.82 * k)
-    tiers = (Tier(1, few), Tier(4, k - few, tied=True, offset=True))
-    codes = [torch.randint(2**t.planes, (n, t.columns), dtype=torch.uint8) for t in tiers]
-    drawn = {
-        "weight": torch.cat(
-            [pack_codes(c, t.planes) for c, t in zip(codes, tiers, strict=True)], 1
-        ),
-        "scale": (0.01 * torch.rand(n, 2)).half(),
-        "offset": (0.01 * torch.rand(n, 1)).half(),
-        "tier": torch.tensor([0] * few + [1] * (k - few), dtype=torch.uint8)[torch.randperm(k)],
-    }
-    return PackedWeight(WeightLayout(n, k, tiers), drawn)
-
-
-def write_model(folder: Path) -> int:
-    """Bytes of its packed weights."""
-    config = AutoConfig.for_model(
-        "llama",
-        hidden_size=2048,
-        intermediate_size=5504,
-        num_hidden_layers=6,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        vocab_size=512,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    inside, blocks = find_blocks(model)
-    packed = {
-        f"{inside}.{name}": (random_packed(linear.out_features, linear.in_features), None)
-        for name, linear in find_linears(blocks).items()
-    }
-    install(model, packed, PbqConfig("random", 1.61)).save_pretrained(folder)
-    return sum(pw.stored_bits for pw, _ in packed.values()) // 8
 
 
 def held() -> dict[str, int]:
@@ -113,7 +79,8 @@ def measure(folder: Path, copied: bool) -> dict[str, dict[str, int]]:
 def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch:
-        print(f"packed weights: {write_model(Path(scratch)) / 1e6:.0f} MB; MB above the start:")
+        size = write_random(Path(scratch), SHAPES, "1.61 bits, 1+4")
+        print(f"packed weights: {size / 1e6:.0f} MB; MB above the start:")
         for case in ("mapped", "copied"):
             with ProcessPoolExecutor(1, mp_context=spawn) as pool:
                 steps = pool.submit(measure, Path(scratch), case == "copied").result()

@@ -42,12 +42,15 @@ MIX = "1.6 bits, 0-4"
 
 
 @torch.no_grad()
-def write_random(folder: Path, tokenizer: Any, embed_bits: int, shapes: dict[str, Any]) -> None:
-    """A packed checkpoint of random weights. Only embeddings and norms are ever dense."""
+def write_random(folder: Path, shapes: dict[str, Any], mix: str = MIX, embed_bits: int = 0) -> int:
+    """A packed checkpoint of random weights; only embeddings and norms are ever dense.
+
+    Returns the bytes of the packed linears.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**shapes), dtype=torch.bfloat16)
     packed = {
-        f"model.layers.{name}": (packed_weight(m.out_features, m.in_features, MIXES[MIX]), None)
+        f"model.layers.{name}": (packed_weight(m.out_features, m.in_features, MIXES[mix]), None)
         for name, m in model.model.layers.named_modules()
         if isinstance(m, nn.Linear)
     }
@@ -65,7 +68,7 @@ def write_random(folder: Path, tokenizer: Any, embed_bits: int, shapes: dict[str
         rounded = round_embeddings(model, embed_bits)
         install_embeddings(model, rounded, model.config.quantization_config)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return sum(pw.layout.stored_bits for pw, _ in packed.values()) // 8
 
 
 def measure(label: str, path: Path, threads: Sequence[int], settings: Settings) -> list[Any]:
@@ -103,7 +106,8 @@ def main() -> None:
     shapes = {**SHAPES, "num_hidden_layers": options.layers}
     for embed_bits in (0, 8):
         with tempfile.TemporaryDirectory() as folder:
-            write_random(Path(folder), tokenizer, embed_bits, shapes)
+            write_random(Path(folder), shapes, embed_bits=embed_bits)
+            tokenizer.save_pretrained(folder)
             label = "1B-shaped" + (f", embeddings at {embed_bits} bits" if embed_bits else "")
             rows += measure(label, Path(folder), options.threads, settings)
     if not options.dry:
