@@ -855,28 +855,12 @@ static AVX512 void decode_row_avx512(const Weight *w, int64_t row, int dtype, vo
     decode_row_generic_avx512(w, row, dtype, out);
 }
 
-static const Variant VARIANT_AVX512 = {"avx512",
-                                       WORD,
-                                       LOOKUPS,
-                                       16,
-                                       tabulate_avx512,
-                                       exact_tile_avx512,
-                                       quantize_avx2,
-                                       int8_tile_avx512,
-                                       store_rows_avx512,
-                                       decode_row_avx512,
-                                       NULL};
-static const Variant VARIANT_VNNI = {"avx512vnni",
-                                     WORD,
-                                     LOOKUPS,
-                                     16,
-                                     tabulate_avx512,
-                                     exact_tile_avx512,
-                                     quantize_avx2,
-                                     int8_tile_vnni,
-                                     store_rows_avx512,
-                                     decode_row_avx512,
-                                     NULL};
+/* They differ in how bytes are multiplied. */
+#define VARIANT_OF_AVX512(name, int8_tile)                                          \
+  {name,              WORD,          LOOKUPS,   16,                tabulate_avx512, \
+   exact_tile_avx512, quantize_avx2, int8_tile, store_rows_avx512, decode_row_avx512, NULL}
+static const Variant VARIANT_AVX512 = VARIANT_OF_AVX512("avx512", int8_tile_avx512);
+static const Variant VARIANT_VNNI = VARIANT_OF_AVX512("avx512vnni", int8_tile_vnni);
 
 #endif
 
