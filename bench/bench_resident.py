@@ -20,7 +20,7 @@ from bench_whole import write_random
 from torch import nn
 
 import pbq
-from pbq.loader import give_back_memory
+from pbq.heap import give_back_memory
 
 SHAPES = {
     "hidden_size": 2048,

@@ -6,8 +6,6 @@ renames, conversions and casts: it is only shown fewer tensors at a time.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +20,7 @@ from transformers.utils import logging
 
 from pbq.errors import ModelError
 from pbq.experts import as_fused
+from pbq.heap import give_back_memory
 from pbq.models import find_blocks, load_model, refusing
 from pbq.sources import Source
 
@@ -212,11 +211,3 @@ def to_meta(module: nn.Module) -> None:
         for name, buffer in part._buffers.items():
             if buffer is not None and name not in part._non_persistent_buffers_set:
                 part._buffers[name] = torch.empty_like(buffer, device="meta")
-
-
-def give_back_memory() -> None:
-    """Return freed memory to the system: glibc would keep most of a block's."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
