@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbq.grid import Quantized
+from pbq.heap import freed_memory_kept
 from pbq.pack import pack, unpack
 from pbq.tunable import Rates, Tunable
 from pbq_kernels.layout import PackedWeight, WeightLayout
@@ -59,7 +60,8 @@ class Recipe:
     linear at the original output given its quantized input (blocks.compensate), damped by
     compensate_damp. natural_order: columns are rounded in their own order, as papers do, not the
     least important first; joint: whole blocks of them, see gptq.reconstruct_jointly.
-    hessian_tokens: calibration tokens behind each Hessian. batch: rows run at once.
+    hessian_tokens: calibration tokens behind each Hessian. batch: rows run at once. token_noise:
+    see calibrate.with_noise.
     """
 
     feedback: bool = True
@@ -71,6 +73,7 @@ class Recipe:
     joint: bool = False
     hessian_tokens: int = 32768
     batch: int = 2
+    token_noise: float = 0.0
     block: BlockTuning | None = None
     distillation: Distillation | None = None
 
@@ -112,7 +115,7 @@ class Schedule:
         constant: bool = False,
     ) -> None:
         used = [{"params": p, "lr": lr, "base": lr} for p, lr in groups if p and lr]
-        self._adam = torch.optim.Adam(used, betas=(0.9, 0.999 if constant else 0.95))
+        self._adam = torch.optim.Adam(used, betas=(0.9, 0.999 if constant else 0.95), fused=True)
         self._total, self._step, self._constant = max(total, 1), 0, constant
 
     def step(self, loss: Tensor) -> None:
@@ -235,6 +238,7 @@ def held_out(rows: int) -> list[int]:
     return [(2 * i + 1) * rows // (2 * count) for i in range(count)]
 
 
+@freed_memory_kept()
 def optimise(
     loss: Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor]], Tensor],
     weights: Mapping[str, Tunable],
@@ -381,13 +385,16 @@ def distill(
     )
 
 
-def forward_kl(logits: Tensor, target: Tensor, chunk: int = 128, *, gamma: float = 0.0) -> Tensor:
+def forward_kl(
+    logits: Tensor, target: Tensor, chunk: int | None = None, *, gamma: float = 0.0
+) -> Tensor:
     """Mean over tokens of KL(target || logits), nats; gamma > 0 weighs ambiguous tokens more.
 
     The weight of a token is the entropy of its target to the power gamma, their mean being 1 (after
     DB-LLM's Deviation-Aware Distillation). `chunk` tokens at a time: a vocabulary of 50,000 in
-    float32 would otherwise take gigabytes.
+    float32 would otherwise take gigabytes, and on a CPU as few as stay in its cache.
     """
+    chunk = chunk or (8 if logits.device.type == "cpu" else 128)
     found = _ForwardKl.apply(logits.flatten(0, -2), target.flatten(0, -2), chunk, gamma)
     assert isinstance(found, Tensor)
     return found
