@@ -17,7 +17,7 @@ from pbq.allocate import ChannelStats
 from pbq.errors import DataError, NumericalError
 from pbq.experts import borrowing
 from pbq.models import weight_of
-from pbq.own_text import Progress, sample_from_model
+from pbq.own_text import Progress, ordinary_tokens, sample_from_model
 
 # Calibration segments that the channel statistics are taken from, evenly spread.
 STATISTICS_ROWS = 16
@@ -53,6 +53,7 @@ def load_calibration(
     seqlen: int,
     seed: int,
     further: int = 0,
+    token_noise: float = 0.0,
     progress: Progress | None = None,
 ) -> Calibration:
     """The first nsamples x seqlen tokens of a text file, a datasets id, or of the model's own text.
@@ -61,7 +62,8 @@ def load_calibration(
     or a datasets id `name[:config[:split]]`. Several, joined by "+", share the segments evenly: a
     model calibrated on one kind of text loses more on the others. further: at most so many segments
     more, as far as the texts go; there are none of the model's own text, which would have to be
-    made first. Raises DataError when there is too little text.
+    made first. token_noise: see `with_noise`; not in the model's own text, whose documents begin
+    with any token of the vocabulary. Raises DataError when there is too little text.
     """
     parts = [source] if Path(source).exists() else source.split("+")
     if len(parts) > nsamples:
@@ -76,6 +78,7 @@ def load_calibration(
                 seqlen=seqlen,
                 seed=seed + i,
                 further=further,
+                token_noise=token_noise,
                 progress=progress,
             )
             for i, part in enumerate(parts)
@@ -101,7 +104,23 @@ def load_calibration(
             f"use a longer text{f', --nsamples {rows}' if rows else ''} or a smaller --seqlen"
         )
     segments = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
+    if token_noise:
+        name += f" with {100 * token_noise:g} % of other tokens"
+        ordinary, _ = ordinary_tokens(model, tokenizer)
+        segments = with_noise(segments, token_noise, ordinary, seed)
     return Calibration(segments[:nsamples], name, segments[nsamples : nsamples + further])
+
+
+def with_noise(ids: Tensor, share: float, tokens: Tensor, seed: int) -> Tensor:
+    """`ids` with about that share of them replaced by others, drawn evenly from `tokens`.
+
+    A text of 65,000 tokens holds a fraction of a vocabulary, and what is fitted to it loses most
+    where the others occur. What the original model makes of them is as good a target as any.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    replaced = torch.rand(ids.shape, generator=generator) < share
+    others = tokens[torch.randint(len(tokens), ids.shape, generator=generator)]
+    return torch.where(replaced, others, ids)
 
 
 def _shuffled(parts: Sequence[Tensor], generator: torch.Generator) -> Tensor:

@@ -32,6 +32,8 @@ class QuantConfig:
     faithful: the paper's own recipe, whatever bits it then stores.
     block_epochs: passes over the calibration rows that train each block; -1: as the effort says.
     distil_steps: steps of 1,024 tokens that train all blocks together; -1: as the effort says.
+    token_noise: share of the tokens of a calibration text that are replaced by others of the
+        vocabulary; -1 leaves it to the method.
     embed_bits: 8 or 4 pack the embeddings and the head, rounded to nearest, at so many bits and
         their scales, which `bits` does not count; 0 leaves them as they are.
     preprocess: a packed checkpoint of the same model; its weights, restored by LoRA, are quantized
@@ -53,12 +55,13 @@ class QuantConfig:
     faithful: bool = False
     block_epochs: float = -1.0
     distil_steps: int = -1
+    token_noise: float = -1.0
     preprocess: str = ""
     embed_bits: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("bits", "percdamp", "salient_share", "block_epochs"):
+        for name in ("bits", "percdamp", "salient_share", "block_epochs", "token_noise"):
             # bits=2 and bits=2.0 are one run: the same fingerprint, the same recipe.
             object.__setattr__(self, name, float(getattr(self, name)))
         if not (math.isfinite(self.bits) and 0 < self.bits <= 8):
@@ -83,6 +86,10 @@ class QuantConfig:
             raise UsageError(f"--group-size {self.group_size}: expected -1 (row) or at least 8")
         if not 0 <= self.salient_share < 1:
             raise UsageError(f"--salient-share {self.salient_share}: expected a share from 0 to 1")
+        if self.token_noise != -1 and not 0 <= self.token_noise < 1:
+            raise UsageError(
+                f"--token-noise {self.token_noise}: expected a share from 0 to 1, or -1 (by method)"
+            )
         if not 0 < self.percdamp < 1:
             raise UsageError(f"--percdamp {self.percdamp}: expected a share between 0 and 1")
 

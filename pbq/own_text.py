@@ -51,9 +51,7 @@ def sample_from_model(
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
-    vocab = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
-    special = set(tokenizer.all_special_ids)
-    ordinary = torch.tensor([i for i in range(vocab) if i not in special])
+    ordinary, vocab = ordinary_tokens(model, tokenizer)
     length, count = _documents(nsamples, seqlen, document)
     batch = batch or documents_at_once(model, length)
     documents = []
@@ -71,6 +69,13 @@ def sample_from_model(
                 progress(start * length + step * size, count * length)
         documents.append(torch.cat(ids, 1).cpu())
     return torch.cat(documents).view(nsamples, -1)[:, :seqlen].contiguous()
+
+
+def ordinary_tokens(model: PreTrainedModel, tokenizer: Any) -> tuple[Tensor, int]:
+    """Tokens that are not special, int64 [v], and how many there are of both kinds."""
+    vocab = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
+    special = set(tokenizer.all_special_ids)
+    return torch.tensor([i for i in range(vocab) if i not in special]), vocab
 
 
 def documents_at_once(model: PreTrainedModel, length: int) -> int:

@@ -307,6 +307,7 @@ class _Run:
                 seqlen=self.config.seqlen,
                 seed=self.config.seed,
                 further=self._further(),
+                token_noise=self.recipe.token_noise,
                 progress=self.observer.step,
             )
 

@@ -32,6 +32,48 @@ def test_a_text_file_gives_exactly_its_first_tokens(tmp_path, tiny_tokenizer):
     assert calibration.label() == "a.txt, 3 x 11 tokens"
 
 
+def test_noise_replaces_its_share_of_the_tokens(tmp_path, tiny_tokenizer, tiny_model):
+    (tmp_path / "a.txt").write_text("abcdefgh" * 2000)
+    model = tiny_model("llama")
+    given = {"nsamples": 100, "seqlen": 100, "seed": 3, "further": 50}
+
+    def loaded(share, **other):
+        arguments = (str(tmp_path / "a.txt"), tiny_tokenizer, model)
+        return load_calibration(*arguments, **{**given, **other}, token_noise=share)
+
+    plain, noisy = loaded(0.0), loaded(0.25)
+    assert (
+        noisy.label() == "a.txt with 25 % of other tokens, 100 x 100 tokens, distilled on 50 more"
+    )
+    for before, after in ((plain.ids, noisy.ids), (plain.further, noisy.further)):
+        assert after.shape == before.shape
+        changed = after[after != before]
+        assert len(changed) / before.numel() == pytest.approx(0.25, abs=0.03)
+        special = torch.tensor(tiny_tokenizer.all_special_ids)
+        assert not torch.isin(changed, special).any()
+        assert len(changed.unique()) > 30  # any token of the vocabulary
+    assert torch.equal(noisy.ids, loaded(0.25).ids)
+    assert not torch.equal(noisy.ids, loaded(0.25, seed=4).ids)
+
+
+def test_the_models_own_text_has_no_noise(tmp_path, tiny_tokenizer, tiny_model):
+    (tmp_path / "a.txt").write_text("abcdefgh" * 40)
+
+    def loaded(share):
+        return load_calibration(
+            f"self+{tmp_path / 'a.txt'}",
+            tiny_tokenizer,
+            tiny_model("llama"),
+            nsamples=8,
+            seqlen=16,
+            seed=0,
+            token_noise=share,
+        ).ids
+
+    same = (loaded(0.0) == loaded(0.5)).all(1)
+    assert same.sum() == 4
+
+
 def test_the_hash_names_the_ids(tmp_path, tiny_tokenizer):
     for name, text in (("a.txt", "abcdefgh" * 4), ("b.md", "abcdefgh" * 9), ("c.txt", "x" * 32)):
         (tmp_path / name).write_text(text)

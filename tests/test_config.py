@@ -36,6 +36,8 @@ def test_the_promise_is_the_default():
         ("block_epochs", math.inf, "--block-epochs"),
         ("distil_steps", -2, "--distil-steps"),
         ("embed_bits", 2, "--embed-bits"),
+        ("token_noise", -0.1, "--token-noise"),
+        ("token_noise", 1.0, "--token-noise"),
         ("percdamp", 0.0, "--percdamp"),
         ("percdamp", 1.0, "--percdamp"),
         ("percdamp", math.nan, "--percdamp"),

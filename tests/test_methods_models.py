@@ -57,6 +57,18 @@ def test_a_model_is_quantized_and_loads(
         assert "zeros in the two planes" in report.rows()
 
 
+def test_the_noise_asked_for_takes_the_place_of_the_methods() -> None:
+    def noise(**options: object) -> float:
+        config = QuantConfig(**options)  # type: ignore[arg-type]
+        return methods.recipe_of(methods.get(config.method, config), config).token_noise
+
+    assert noise() == 0.1
+    assert noise(token_noise=0) == 0
+    assert noise(token_noise=0.25) == 0.25
+    assert noise(method="ptq161") == 0
+    assert noise(method="ptq161", token_noise=0.25) == 0.25
+
+
 def test_the_training_asked_for_takes_the_place_of_the_efforts() -> None:
     def trained(**options: object) -> tuple[float | None, int | None]:
         config = QuantConfig(**options)  # type: ignore[arg-type]

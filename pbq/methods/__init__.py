@@ -167,6 +167,7 @@ def recipe_of(method: Method, config: QuantConfig) -> Recipe:
         found,
         # aimed at the original's outputs, weights that start elsewhere would become its own again
         compensate=found.compensate and not config.preprocess,
+        token_noise=found.token_noise if config.token_noise < 0 else config.token_noise,
         block=block if block and block.epochs else None,
         distillation=distillation if distillation and distillation.steps else None,
     )
