@@ -24,6 +24,7 @@ from pbq.errors import NumericalError
 from pbq.experts import Experts, find_experts
 from pbq.grid import Quantized
 from pbq.hessian import cholesky, proxy_loss
+from pbq.importance import LEAST_ENERGY, token_importance
 from pbq.methods import Method, rebuild
 from pbq.models import before_forward, run_block, set_weight, shared_inputs, weight_of
 from pbq.routing import Routed, Share, shares, watch_routing
@@ -248,6 +249,8 @@ class BlockQuantizer:
 
     def __post_init__(self) -> None:
         self.targets, self.second = HiddenStates(), HiddenStates()
+        # by batch and linear, where the recipe asks for it
+        self.importance: dict[int, dict[str, Tensor]] = {}
 
     def run(self, streams: Streams, plans: Mapping[str, LayerPlan]) -> Reconstructed:
         """Quantize every linear in place (dense, rounded values) and return what was chosen.
@@ -265,6 +268,8 @@ class BlockQuantizer:
         firsts = [group[0] for group in groups]
         wanted = sorted({*firsts, *(b for b in bases.values() if b)})
         originals, routed = self._original_pass(streams.fp, chosen, wanted, list(experts))
+        if self.recipe.importance:
+            self._weigh_tokens(streams.fp, [i for i in chosen if i in originals], common)
         if self.recipe.block is not None and self.recipe.block.dual:
             with torch.no_grad():
                 x_q = streams.quant
@@ -276,7 +281,7 @@ class BlockQuantizer:
         out = Reconstructed()
         for group in groups:
             mine = {f"{self.name}.{n}": bases[n] for n in group if n in bases}
-            moments = self._moments(group[0], mine, streams, chosen, originals)
+            moments = self._moments(group, mine, streams, chosen, originals)
             own = group[ranks.rank() :: ranks.count()]
             self._gather(group, {n: self._quantize(n, moments, plans) for n in own}, out)
         for name in experts:
@@ -323,16 +328,29 @@ class BlockQuantizer:
         self.targets = self.spill.filled(hidden, run)
         return kept, routed
 
+    def _weigh_tokens(
+        self, hidden: Sequence[Tensor], batches: Sequence[int], linears: Mapping[str, nn.Module]
+    ) -> None:
+        for i in batches:
+            generator = torch.Generator().manual_seed(
+                (self.config.seed << 32) + (self.index << 16) + i
+            )
+            self._check_finite(": non-finite outputs", i, self.targets[i])
+            self.importance[i] = token_importance(
+                self.block, linears, self.call, hidden[i], generator
+            )
+
     @torch.no_grad()
     def _moments(
         self,
-        first: str,
+        group: Sequence[str],
         bases: Mapping[str, str],
         streams: Streams,
         chosen: Sequence[int],
         originals: Mapping[int, Mapping[str, Tensor]],
     ) -> Moments:
-        """Moments of the input that `first` (and its group) sees behind all that is quantized."""
+        """Moments of the input that a group of linears sees behind all that is quantized."""
+        first = group[0]
         rows = {n: len(self._weight(n.removeprefix(f"{self.name}."))) for n in bases}
         sums = _Sums(self._weight(first).shape[1], rows, streams.fp[0].device)
         for i in (i for i in chosen if i in originals):
@@ -344,20 +362,22 @@ class BlockQuantizer:
             inputs = (originals[i][first], seen[first], *gaps.values())
             self._check_finite(f".{first}: non-finite inputs", i, *inputs)
             x_f, x_q = _flat(originals[i][first]), _flat(seen[first])
-            sums.add(x_f, x_q, self._token_weights(i), gaps)
+            sums.add(x_f, x_q, self._token_weights(i, group), gaps)
         return sums.over_ranks().mean(f"{self.name}.{first}")
 
     def _weight(self, linear: str) -> Tensor:
         return weight_of(self.linears[linear])
 
-    def _token_weights(self, i: int) -> Tensor:
-        """How much the error of each token of batch i counts, float32 [tokens]."""
+    def _token_weights(self, i: int, group: Sequence[str] = ()) -> Tensor:
+        """How much the error of each token of batch i counts for a group, float32 [tokens]."""
+        if found := [self.importance[i][n] for n in group if i in self.importance]:
+            return torch.stack(found).mean(0)
         self._check_finite(": non-finite outputs", i, self.targets[i])
         energy = _flat(self.targets[i]).float().pow(2).mean(1)
         if not self.recipe.compensate:
             return torch.ones_like(energy)  # the papers' H = XᵀX
         # relative error per token: a few tokens of huge norm would otherwise be all that counts
-        return 1 / (energy + 1e-6)
+        return 1 / (energy + LEAST_ENERGY)
 
     def _check_finite(self, what: str, i: int, *tensors: Tensor) -> None:
         """Raise NumericalError with the first token of batch i at which a tensor is not finite."""

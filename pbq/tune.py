@@ -60,6 +60,8 @@ class Recipe:
     linear at the original output given its quantized input (blocks.compensate), damped by
     compensate_damp. natural_order: columns are rounded in their own order, as papers do, not the
     least important first; joint: whole blocks of them, see gptq.reconstruct_jointly.
+    importance: weigh tokens for each linear by what reaches the block's output (pbq.importance),
+    not all linears alike by the inverse norm of that output.
     hessian_tokens: calibration tokens behind each Hessian. batch: rows run at once. token_noise:
     see calibrate.with_noise.
     """
@@ -69,6 +71,7 @@ class Recipe:
     factors: int = 0
     compensate: bool = True
     compensate_damp: float = 0.3
+    importance: bool = False
     natural_order: bool = False
     joint: bool = False
     hessian_tokens: int = 32768

@@ -394,6 +394,36 @@ def test_layers_of_one_input_share_its_moments(
         assert done.latents[name].shape == qw.codes.shape
 
 
+def test_tokens_count_for_a_group_as_its_linears_say(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(tiny_model("llama"))
+    asked: list[int] = []
+
+    def importance(block, linears, call, x, generator):  # type: ignore[no-untyped-def]
+        asked.append(generator.initial_seed())
+        drawn = torch.Generator().manual_seed(len(asked))
+        return {n: torch.rand(ROWS * LENGTH, generator=drawn) for n in linears}
+
+    monkeypatch.setattr(blocks_module, "token_importance", importance)
+    group = [f"self_attn.{p}_proj" for p in "qkv"]
+    with watch(scene.block, group[:1]) as seen:
+        X = []
+        for x in scene.streams.quant:
+            run_block(scene.block, x, scene.call)
+            X.append(seen[group[0]].flatten(0, -2).double())
+    _, _, given = run_and_record(scene, Recipe(importance=True), monkeypatch)
+    assert len(set(asked)) == BATCHES  # each batch with signs of its own
+    H, total = torch.zeros(X[0].shape[1], X[0].shape[1], dtype=torch.float64), 0.0
+    for i, x in enumerate(X):
+        drawn = torch.Generator().manual_seed(i + 1)
+        each = {n: torch.rand(ROWS * LENGTH, generator=drawn) for n in scene.linears}
+        w = torch.stack([each[n] for n in group]).mean(0).double()
+        H, total = H + x.T @ (x * w[:, None]), total + float(w.sum())
+    found = given[f"{scene.name}.{group[0]}"].H
+    torch.testing.assert_close(found.double(), H / total, rtol=1e-4, atol=1e-6)
+
+
 def test_compensation_brings_the_block_closer_to_the_original(tiny_model: TinyModel) -> None:
     """On streams that differ, the point of the whole exercise."""
     errors = []

@@ -50,6 +50,7 @@ class Waterfill:
         lr, latent_lr = (1.5e-3, 1e-3) if block.epochs else (5e-3, 3e-3)
         return Recipe(
             hessian_tokens=49152 if block.epochs else 16384,
+            importance=True,
             token_noise=0.1,
             batch=1,  # the number of steps counts for more than the tokens of each
             block=block,
