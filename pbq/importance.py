@@ -21,14 +21,16 @@ def token_importance(
     hidden: Tensor,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """For each linear, float32 [tokens], of mean 1: Σ over outputs s of |∂(y_s/|y_s|) / ∂z_t|².
+    """For each linear, float32 [tokens], of mean 1: Σ over outputs s of |∂y_s/∂z_t|² / |y_s|.
 
     z_t is what the linear gives for token t, y_s the block's output for token s: an error in z_t
-    matters as far as it changes outputs, each relative to its size. A token that all others attend
-    to (an attention sink, Xiao et al. 2024) may have two thirds of all importance in the value
-    projection though its own output, of a hundred times the usual norm, hardly counts. One random
-    ±1 for each entry of y, sent backwards, has the sum for its expected square (Hutchinson), and a
-    token's outputs are hundreds to average over. hidden: [b, L, d], one batch.
+    matters as far as it changes outputs. A token that all others attend to (an attention sink, Xiao
+    et al. 2024) may have two thirds of all importance in the value projection though its own
+    output, of a hundred times the usual norm, hardly counts. Outputs are divided by the root of
+    their norm: of errors relative to the norm itself a sink's own would be nothing, though later
+    blocks depend on it, of absolute ones everything. One random ±1 for each entry of y, sent
+    backwards, has the sum for its expected square (Hutchinson), and a token's outputs are hundreds
+    to average over. hidden: [b, L, d], one batch.
     """
     outputs: dict[str, Tensor] = {}
     handles = [
@@ -42,8 +44,8 @@ def token_importance(
         for handle in handles:
             handle.remove()
     signs = 2.0 * torch.randint(2, y.shape, generator=generator) - 1
-    size = (y.detach().float().pow(2).mean(-1, keepdim=True) + LEAST_ENERGY).sqrt()
-    back = (signs.to(y.device) / size).to(y.dtype)
+    energy = y.detach().float().pow(2).mean(-1, keepdim=True) + LEAST_ENERGY
+    back = (signs.to(y.device) / energy.sqrt().sqrt()).to(y.dtype)
     found = torch.autograd.grad(y, list(outputs.values()), back, allow_unused=True)
     return {
         name: _of_mean_one(out if gradient is None else gradient, gradient is None)

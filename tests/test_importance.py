@@ -42,7 +42,7 @@ def test_it_is_the_share_of_the_squared_jacobian(run):
     block, x = Chain(mixing), torch.randn(1, LENGTH, 5)
     y = block(x)[0]
     size = y.pow(2).mean(-1).sqrt()
-    exact = (mixing / size[:, None]).pow(2).sum(0)
+    exact = (mixing.pow(2) / size[:, None]).sum(0)
     found = run(block, x)
     for name in ("C", "B"):
         assert found[name].shape == (LENGTH,)
