@@ -113,6 +113,8 @@ def seconds(
     fitted = min(tokens, recipe.hessian_tokens)
     # both streams once; the quantized one again for each input, half a block on average
     forwards = 2 * 2 * weights * tokens + 4 * weights * fitted
+    if recipe.importance:  # forwards, and backwards to the activations alone
+        forwards += 4 * weights * fitted
     moments = sum(2 * k * k * fitted * INPUTS_PER_LINEAR for _, k in shapes.values())
     rounding = sum(_rounding_operations(n, k) for n, k in shapes.values())
     rounding += sum(_factoring(n, k, config.bits) for n, k in shapes.values()) * recipe.factors

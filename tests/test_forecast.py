@@ -36,6 +36,15 @@ def test_an_epoch_of_block_tuning_costs_a_pass_forth_and_back():
     assert "distillation" not in plain
 
 
+def test_importance_costs_a_pass_forth_and_one_back_to_the_activations():
+    config = QuantConfig(nsamples=4, seqlen=100)
+    plain, weighed = (
+        seconds(SHAPES, 0, config, Recipe(hessian_tokens=300, importance=on), SPEED)["blocks"]
+        for on in (False, True)
+    )
+    assert weighed - plain == pytest.approx(4 * 500 * 300 / 2000 / EFFICIENCY)
+
+
 def test_steps_of_admm_by_hand():
     """Of (10, 20) at 1.5 bits: rank 10, 4·200·10 + 4·30·100 + 2·1000/3; of (30, 10) rank 11.25."""
     config = QuantConfig(nsamples=4, seqlen=100, bits=1.5)
