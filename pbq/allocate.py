@@ -65,7 +65,11 @@ class PlanInput:
 
     shape: (n, k). w_sq [k]: sum of squares of each column. W [n, k] may be read from the disk when
     it is asked for: ask layer after layer, in the order given, and never for its shape.
+    sensitivity: nats that the model loses with this layer alone rounded at the promised bits, where
+    that was measured (pbq.sensitivity).
     """
+
+    sensitivity: float | None = None
 
     def __init__(
         self,
@@ -132,7 +136,9 @@ def stored_budget(bits: float, weights: int) -> float:
     """Stored bits that so many weights may take; 1.16 * 25 is 29, whatever floating point says."""
     exact = bits * weights
     nearest = float(round(exact))
-    return nearest if math.isclose(exact, nearest, rel_tol=1e-12) else exact
+    # what is stored is judged by this quotient, and must not be above the promise by a rounding
+    whole = math.isclose(exact, nearest, rel_tol=1e-12) and nearest / weights <= bits
+    return nearest if whole else exact
 
 
 def too_few_bits(
@@ -175,6 +181,10 @@ def stored_bits(plans: Mapping[str, LayerPlan], rows: Mapping[str, int]) -> floa
 # Relative squared error of a Gaussian on its best 2**p equally spaced levels, p = 0 … 4 (Max 1960,
 # table II). More planes than that never pay below 3 bits.
 DISTORTION = (1.0, 0.3634, 0.1188, 0.03744, 0.01154)
+# What one bit more a weight divides the damage by: Max's table between one plane and three.
+FALL = math.sqrt(DISTORTION[1] / DISTORTION[3])
+# Least and most bits of a layer beside another, as shares of the promised ones.
+SPREAD = 0.4, 2.0
 # Planes of the tiers a layer may be made of: every set of plane counts.
 _MIXES = [
     mix
@@ -319,22 +329,49 @@ def waterfill(
 def waterfill_each(
     damage: Mapping[str, Float[Tensor, " k"]],
     rows: Mapping[str, int],
-    bits: float,
+    bits: float | Mapping[str, float],
     tiers_for: Callable[[list[int]], tuple[Tier, ...]],
 ) -> dict[str, LayerPlan]:
-    """`waterfill` with the same bits for every layer; what one leaves over goes to the next."""
+    """`waterfill` with given bits for each layer; what one leaves over goes to the next."""
     plans: dict[str, LayerPlan] = {}
     left = 0.0
     for name, d in damage.items():
         layer = _Layer.of(d, rows[name], tiers_for)
-        left += stored_budget(bits, layer.n * layer.k)
+        own = bits if isinstance(bits, int | float) else bits[name]
+        left += stored_budget(own, layer.n * layer.k)
         choice = layer.within(left)
         if choice is None:
-            _check_budget(layer.best(layer.prices()[1]).bits, left, bits)
+            _check_budget(layer.best(layer.prices()[1]).bits, left, own)
         assert choice is not None
         plans[name] = layer.plan(choice)
         left -= choice.bits
     return plans
+
+
+def bits_by_sensitivity(
+    nats: Mapping[str, float], weights: Mapping[str, int], bits: float
+) -> dict[str, float]:
+    """Bits for each layer, `bits` a weight on average, that leave the least sum of nats.
+
+    nats: lost by each layer alone at `bits`, of so many weights. A bit more for a layer divides its
+    nats by FALL, so equal returns ask for b = bits + log_FALL(nats / weights) + constant, cut to
+    within SPREAD of `bits`: far from where nats were measured that law is a guess.
+    """
+    least, most = bits * SPREAD[0], bits * SPREAD[1]
+    rates = {n: math.log(max(v, 1e-12) / weights[n]) / math.log(FALL) for n, v in nats.items()}
+    budget = bits * sum(weights[n] for n in nats)
+
+    def shifted(by: float) -> dict[str, float]:
+        return {n: min(most, max(least, rate + by)) for n, rate in rates.items()}
+
+    low, high = least - max(rates.values()), most - min(rates.values())
+    for _ in range(60):
+        middle = (low + high) / 2
+        if sum(b * weights[n] for n, b in shifted(middle).items()) <= budget:
+            low = middle
+        else:
+            high = middle
+    return shifted(low)
 
 
 def _check_budget(least: int, budget: float, bits: float) -> None:

@@ -13,6 +13,7 @@ from pbq import methods, preprocessing
 from pbq.allocate import ChannelStats, PlanInput
 from pbq.calibrate import STATISTICS_ROWS
 from pbq.config import QuantConfig
+from pbq.sensitivity import HESSIAN_TOKENS, LENGTH, SEGMENTS
 from pbq.tune import STEP_TOKENS, Recipe
 
 # Share of the speed of bare matmuls that whole stages reach, attention, rounding and optimiser
@@ -119,7 +120,10 @@ def seconds(
     rounding = sum(_rounding_operations(n, k) for n, k in shapes.values())
     rounding += sum(_factoring(n, k, config.bits) for n, k in shapes.values()) * recipe.factors
     blocks = (forwards + moments) / speed.model + (moments + rounding) / speed.single
-    found = {"statistics": statistics / speed.model, "blocks": blocks}
+    found = {"statistics": statistics / speed.model}
+    if recipe.sensitivity:
+        found["sensitivities"] = _sensitivities(shapes, head, tokens, speed)
+    found["blocks"] = blocks
     if recipe.block is not None:
         found["blocks"] += 6 * weights * recipe.block.epochs * tokens / speed.model
     if config.preprocess:
@@ -132,8 +136,19 @@ def seconds(
         step = STEP_TOKENS * (6 * weights + again + 8 * head)
         found["distillation"] = recipe.distillation.steps * step / speed.model
     found = {stage: time / EFFICIENCY for stage, time in found.items()}
-    found["blocks"] += sum(k * speed.column + n * k * speed.entry for n, k in shapes.values())
-    return found
+    columns = sum(k * speed.column + n * k * speed.entry for n, k in shapes.values())
+    return {s: t + columns * (s in ("blocks", "sensitivities")) for s, t in found.items()}
+
+
+def _sensitivities(
+    shapes: Mapping[str, tuple[int, int]], head: int, tokens: int, speed: Speed
+) -> float:
+    """Of pbq.sensitivity: each linear rounded alone, then on average half the model behind it."""
+    weights, fitted = sum(n * k for n, k in shapes.values()), min(tokens, HESSIAN_TOKENS)
+    compared = min(tokens, SEGMENTS * LENGTH)
+    forwards = 6 * weights * fitted + len(shapes) * (weights + 2 * head) * compared
+    rounding = sum(2 * k * k * fitted + _rounding_operations(n, k) for n, k in shapes.values())
+    return forwards / speed.model + rounding / speed.single
 
 
 def _factoring(n: int, k: int, bits: float) -> float:

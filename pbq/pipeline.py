@@ -57,6 +57,7 @@ from pbq.models import (
 from pbq.pack import pack
 from pbq.report import RunReport, rare_experts, write_beside
 from pbq.rounding import round_embeddings, vocabulary
+from pbq.sensitivity import sensitivities, where_known
 from pbq.shards import ShardWriter
 from pbq.sources import Source, resolve_source
 from pbq.spill import HiddenStates, Spill
@@ -222,7 +223,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.model, self.blocks = self.loader.model, self.loader.blocks
-        self.recipe = methods.recipe_of(self.method, self.config)
+        self.recipe = where_known(methods.recipe_of(self.method, self.config), self.blocks)
         if self.config.embed_bits:
             vocabulary(self.model)  # refused now, not when OUT is written
         self.needs = needs(
@@ -403,14 +404,19 @@ class _Run:
         """Statistics of the original model on up to 16 segments, and the tiers from them."""
         self.observer.stage("statistics", None)
         some = ids[:: max(1, len(ids) // STATISTICS_ROWS)][:STATISTICS_ROWS]
-        with self.report.timed("statistics"), closing(Layers(self.loader)) as read:
-            layers = read.inputs(
-                some,
-                gradients=self.method.wants_gradients,
-                spill=self._spill(work, some.numel()),
-                progress=self.observer.step,
-            )
-            plans = self.method.plan(layers, self.config)
+        with closing(Layers(self.loader)) as read:
+            with self.report.timed("statistics"):
+                layers = read.inputs(
+                    some,
+                    gradients=self.method.wants_gradients,
+                    spill=self._spill(work, some.numel()),
+                    progress=self.observer.step,
+                )
+                plans = self.method.plan(layers, self.config)
+            if self.recipe.sensitivity:
+                for name, nats in self._sensitivities(work, ids, plans).items():
+                    layers[name].sensitivity = nats
+                plans = self.method.plan(layers, self.config)
             self.report.note_plan(layers, plans)
         rows = {name: layer.shape[0] for name, layer in layers.items()}
         self.report.bits = stored_bits(plans, rows)
@@ -421,6 +427,30 @@ class _Run:
                 f"above --bits {self.config.bits:g}"
             )
         return plans
+
+    def _sensitivities(
+        self, work: Work, ids: Tensor, plans: Mapping[str, LayerPlan]
+    ) -> dict[str, float]:
+        """Of every linear, rounded as planned; measured once, by rank 0."""
+
+        def measured() -> dict[str, float]:
+            with self.loader.whole() as model:
+                return sensitivities(
+                    model,
+                    ids.to(self.loader.device),
+                    self.method,
+                    self.recipe,
+                    self.config,
+                    plans,
+                    self.observer.step,
+                )
+
+        if not work.has("sensitivities"):
+            self.observer.stage("sensitivities", len(self.blocks))
+            with self.report.timed("sensitivities"):
+                work.save("sensitivities", {}, {"nats": ranks.first(measured)})
+        nats: dict[str, float] = work.load("sensitivities")[1]["nats"]
+        return nats
 
     # --- blocks --------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from pbq.models import (
     weight_of,
 )
 from pbq.rounding import embedding_layout, vocabulary
+from pbq.sensitivity import where_known
 from pbq.sources import resolve_source
 
 
@@ -87,12 +88,12 @@ def plan(
     memory: GiB that it may take, if not all there are.
     """
     method = methods.get(config.method, config)
-    recipe = methods.recipe_of(method, config)
     source, device = resolve_source(name), pick_device("auto")
     model = outline(source, trust_remote_code)
     unfuse(model)
     covered = check_coverage(model)
     block_name, blocks = find_blocks(model)
+    recipe = where_known(methods.recipe_of(method, config), blocks)
     shapes = {
         f"{block_name}.{i}.{linear}": (weight_of(module).shape[0], weight_of(module).shape[1])
         for i, block in enumerate(blocks)

@@ -62,6 +62,8 @@ class Recipe:
     least important first; joint: whole blocks of them, see gptq.reconstruct_jointly.
     importance: weigh tokens for each linear by what reaches the block's output (pbq.importance),
     not all linears alike by the inverse norm of that output.
+    sensitivity: measure first what each linear costs the model, see pbq.sensitivity; like the
+    distillation, with the whole model in memory.
     hessian_tokens: calibration tokens behind each Hessian. batch: rows run at once. token_noise:
     see calibrate.with_noise.
     """
@@ -72,6 +74,7 @@ class Recipe:
     compensate: bool = True
     compensate_damp: float = 0.3
     importance: bool = False
+    sensitivity: bool = False
     natural_order: bool = False
     joint: bool = False
     hessian_tokens: int = 32768

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 
 from pbq.allocate import (
     DISTORTION,
+    FALL,
+    SPREAD,
     LayerPlan,
+    bits_by_sensitivity,
     most_columns,
     stored_bits,
     tiers_of,
@@ -259,3 +262,60 @@ def test_waterfill_makes_every_tensor_on_the_damage_s_device():
     with torch.device("meta"):
         found = waterfill(damage, rows, 1.61, tiers_of_counts)
     assert all(torch.equal(found[n].tier_of, expected[n].tier_of) for n in rows)
+
+
+# --- bits by sensitivity ------------------------------------------------------------------------
+
+WEIGHTS = {"q": 400, "k": 100, "up": 1500, "down": 1000}
+
+
+def average(found):
+    return sum(found[n] * WEIGHTS[n] for n in found) / sum(WEIGHTS[n] for n in found)
+
+
+def test_equal_nats_a_weight_get_equal_bits():
+    found = bits_by_sensitivity({n: 1e-5 * w for n, w in WEIGHTS.items()}, WEIGHTS, 1.61)
+    assert found == pytest.approx(dict.fromkeys(WEIGHTS, 1.61))
+
+
+def test_a_layer_that_costs_what_one_more_bit_saves_gets_one_more_bit():
+    even = {n: 1e-5 * w for n, w in WEIGHTS.items()}
+    found = bits_by_sensitivity({**even, "k": FALL * even["k"]}, WEIGHTS, 2.0)
+    assert found["k"] - found["q"] == pytest.approx(1)
+    assert found["q"] == pytest.approx(found["down"])
+    assert average(found) == pytest.approx(2.0)
+
+
+def test_no_bits_moved_from_layer_to_layer_leave_fewer_nats():
+    nats = {"q": 0.004, "k": 0.005, "up": 0.02, "down": 0.04}
+    found = bits_by_sensitivity(nats, WEIGHTS, 1.61)
+
+    def left(bits):
+        return sum(v * FALL ** (1.61 - bits[n]) for n, v in nats.items())
+
+    assert left(found) < 0.95 * sum(nats.values())
+    for one, other in itertools.permutations(nats, 2):
+        moved = 5 / WEIGHTS[one], 5 / WEIGHTS[other]
+        assert left({**found, one: found[one] + moved[0], other: found[other] - moved[1]}) > left(
+            found
+        )
+
+
+@pytest.mark.parametrize("bits", [0.9, 1.61, 3.0])
+def test_bits_stay_within_the_spread_and_on_average_as_promised(bits):
+    nats = {"q": 0.0, "k": 3.0, "up": 1e-4, "down": 0.3}
+    found = bits_by_sensitivity(nats, WEIGHTS, bits)
+    assert found["q"] == pytest.approx(SPREAD[0] * bits)
+    assert found["k"] == pytest.approx(SPREAD[1] * bits)
+    assert average(found) == pytest.approx(bits)
+
+
+def test_each_layer_may_have_its_own_bits():
+    damage, rows = damages()
+    own = {"q": 3.0, "up": 1.2, "down": 2.0}
+    plans = waterfill_each(damage, rows, own, tiers_of_counts)
+    stored = {n: plans[n].layout(rows[n]).bits_per_weight for n in plans}
+    assert stored == pytest.approx(own, abs=0.03)
+    weights = {n: rows[n] * len(damage[n]) for n in rows}
+    promised = sum(own[n] * weights[n] for n in own) / sum(weights.values())
+    assert promised - 0.01 < stored_bits(plans, rows) <= promised

@@ -45,6 +45,21 @@ def test_importance_costs_a_pass_forth_and_one_back_to_the_activations():
     assert weighed - plain == pytest.approx(4 * 500 * 300 / 2000 / EFFICIENCY)
 
 
+def test_sensitivities_by_hand():
+    """150 tokens are all there is, for the Hessians and for the comparison."""
+    config = QuantConfig(nsamples=1, seqlen=150)
+    plain, found = (
+        seconds(SHAPES, 50, config, Recipe(sensitivity=on), dataclasses.replace(SPEED, column=3))
+        for on in (False, True)
+    )
+    forwards = 6 * 500 * 150 + 2 * (500 + 2 * 50) * 150
+    rounding = 2 * (20 * 20 + 10 * 10) * 150
+    rounding += 12 * (10 * 20 * 20 + 30 * 10 * 10) + 3 * (20**3 + 10**3)
+    expected = (forwards / 2000 + rounding / 1000) / EFFICIENCY + 3 * 30
+    assert found == {**plain, "sensitivities": pytest.approx(expected)}
+    assert list(found) == ["statistics", "sensitivities", "blocks"]
+
+
 def test_steps_of_admm_by_hand():
     """Of (10, 20) at 1.5 bits: rank 10, 4·200·10 + 4·30·100 + 2·1000/3; of (30, 10) rank 11.25."""
     config = QuantConfig(nsamples=4, seqlen=100, bits=1.5)

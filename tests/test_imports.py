@@ -52,6 +52,7 @@ FLOORS: dict[str, int] = {
     "pbq.calibrate": 4,
     "pbq.checkpoint": 4,
     "pbq.importance": 5,
+    "pbq.sensitivity": 5,
     "pbq.blocks": 5,
     "pbq.blockwise": 5,
     "pbq.planning": 5,

@@ -295,6 +295,8 @@ DIMENSIONS = st.sampled_from([1, 2, 7, 16, 31, 40])
 # 5.6 * 7 * 10 and 2.32 * 25 fall short of 392 and 58 in floating point
 @example(n=7, k=10, bits=5.6, seed=0)
 @example(n=1, k=25, bits=2.32, seed=0)
+# and this one is no 144 bits
+@example(n=1, k=48, bits=2.999999999999999, seed=0)
 def test_any_shape_is_stored_exactly_within_its_bits(
     name: str, n: int, k: int, bits: float, seed: int
 ) -> None:

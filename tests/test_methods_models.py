@@ -69,6 +69,17 @@ def test_the_noise_asked_for_takes_the_place_of_the_methods() -> None:
     assert noise(method="ptq161", token_noise=0.25) == 0.25
 
 
+def test_sensitivities_are_measured_where_the_whole_model_is_wanted_anyway():
+    def measured(**options):
+        config = QuantConfig(**options)
+        return methods.recipe_of(methods.get(config.method, config), config).sensitivity
+
+    assert measured() and measured(effort="best")
+    assert not measured(distil_steps=0)
+    assert not measured(effort="fast")  # its eight minutes are half used up by other things
+    assert not measured(method="ptq161", effort="best")
+
+
 def test_the_training_asked_for_takes_the_place_of_the_efforts() -> None:
     def trained(**options: object) -> tuple[float | None, int | None]:
         config = QuantConfig(**options)  # type: ignore[arg-type]

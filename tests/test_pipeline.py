@@ -553,6 +553,49 @@ def test_distillation_is_reported_and_reloads(
     assert tuned["kept"] == (tuned["after"] < tuned["before"])
 
 
+def test_bits_go_to_the_layers_that_the_model_is_sensitive_to(
+    whole: Callable[[str], Finished],
+) -> None:
+    report = whole("waterfill").report
+    stored = {
+        f"{block['name']}.{name}": layer["bits"]
+        for block in report.blocks
+        for name, layer in block["layers"].items()
+    }
+    assert report.sensitivities.keys() == stored.keys()
+    assert report.seconds["sensitivities"] > 0
+    # layers of one shape: scales and masks take the same share of their bits
+    same = [name for name in stored if name.endswith(("gate_proj", "up_proj"))]
+    by_nats = sorted(same, key=lambda name: report.sensitivities[name])
+    assert stored[by_nats[0]] < stored[by_nats[-1]]
+    assert report.bits <= 2.5
+
+
+def test_sensitivities_are_measured_once(
+    tiny_checkpoint: Callable[[str], Path],
+    config: QuantConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: Callable[[str], Finished],
+) -> None:
+    source, out = tiny_checkpoint("llama"), tmp_path / "out"
+    config = dataclasses.replace(config, method="waterfill")
+    with pytest.raises(KeyboardInterrupt):
+        quantized(source, out, config, observer=Recorder(lambda kind, what: what == "blocks"))
+    monkeypatch.setattr(pipeline, "sensitivities", None)
+    quantized(source, out, config)
+    assert contents(out) == contents(whole("waterfill").out)
+
+
+def test_layers_of_a_model_with_experts_get_the_same_bits(
+    tiny_checkpoint: Callable[[str], Path], config: QuantConfig, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(config, method="waterfill", block_epochs=0.5)
+    report = quantized(tiny_checkpoint("mixtral"), tmp_path / "out", config).report
+    assert report.sensitivities == {}
+    assert "sensitivities" not in report.seconds
+
+
 def test_an_unfinished_run_is_not_resumed_with_other_options(
     tiny_checkpoint: Callable[[str], Path], config: QuantConfig, tmp_path: Path
 ) -> None:

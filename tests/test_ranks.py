@@ -36,7 +36,8 @@ class Mortal(waterfill.Waterfill):
 
     def recipe(self, config):
         distillation = Distillation(steps=3, latent_lr=3e-3)
-        return Recipe(block=BlockTuning(epochs=1), distillation=distillation)
+        block = BlockTuning(epochs=1)
+        return Recipe(sensitivity=True, block=block, distillation=distillation)
 
 def method(config):
     return Mortal()

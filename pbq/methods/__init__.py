@@ -163,13 +163,16 @@ def recipe_of(method: Method, config: QuantConfig) -> Recipe:
         block = dataclasses.replace(block, epochs=config.block_epochs)
     if distillation is not None and config.distil_steps >= 0:
         distillation = dataclasses.replace(distillation, steps=config.distil_steps)
+    distillation = distillation if distillation and distillation.steps else None
     return dataclasses.replace(
         found,
+        # without a distillation no stage should want the whole model
+        sensitivity=found.sensitivity and distillation is not None,
         # aimed at the original's outputs, weights that start elsewhere would become its own again
         compensate=found.compensate and not config.preprocess,
         token_noise=found.token_noise if config.token_noise < 0 else config.token_noise,
         block=block if block and block.epochs else None,
-        distillation=distillation if distillation and distillation.steps else None,
+        distillation=distillation,
     )
 
 

@@ -1,10 +1,11 @@
 """waterfill: tiers of 0 to 4 planes by reverse water-filling, everything trained end to end.
 
-Channels get planes by the damage avoided per stored bit, E[x²]·|w|², in each layer under the same
-budget. Grids have free plane scales per row, found by alternating least squares. The linears are
-rebuilt as for ptq161 (compensated GPTQ, coarse tier first, joint scales, one sweep over the
-codes). Scales, norms and signs are trained twice: each block against the original block, where a
-gradient is clean enough to move many signs at once, then all together against the original model.
+Each layer gets bits by what the model loses when it alone is rounded, each of its channels planes
+by the damage avoided per stored bit, E[x²]·|w|². Tiers have one scale a row, found by alternating
+least squares. The linears are rebuilt as for ptq161 (compensated GPTQ, coarse tier first, joint
+scales, one sweep over the codes). Scales, norms and signs are trained twice: each block against the
+original block, where a gradient is clean enough to move many signs at once, then all together
+against the original model.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pbq.allocate import LayerPlan, PlanInput, waterfill_each
+from pbq.allocate import LayerPlan, PlanInput, bits_by_sensitivity, waterfill_each
 from pbq.config import QuantConfig
 from pbq.grid import Grid, fit_planes, fit_symmetric
 from pbq.methods import refuse_options
@@ -35,7 +36,11 @@ class Waterfill:
     def plan(self, layers: Mapping[str, PlanInput], config: QuantConfig) -> dict[str, LayerPlan]:
         damage = {n: x.stats.x_sq * x.w_sq for n, x in layers.items()}
         rows = {n: x.shape[0] for n, x in layers.items()}
-        return waterfill_each(damage, rows, config.bits, tiers)
+        nats = {n: x.sensitivity for n, x in layers.items() if x.sensitivity is not None}
+        if len(nats) < len(layers):
+            return waterfill_each(damage, rows, config.bits, tiers)
+        weights = {n: x.shape[0] * x.shape[1] for n, x in layers.items()}
+        return waterfill_each(damage, rows, bits_by_sensitivity(nats, weights, config.bits), tiers)
 
     def fit(self, W: Tensor, weight: Tensor, tier: Tier, row: Tensor) -> Grid:
         return (
@@ -51,6 +56,7 @@ class Waterfill:
         return Recipe(
             hessian_tokens=49152 if block.epochs else 16384,
             importance=True,
+            sensitivity=block.epochs > 0,
             token_noise=0.1,
             batch=1,  # the number of steps counts for more than the tokens of each
             block=block,

@@ -32,12 +32,14 @@ STAGES = {
     "load the model": "load",
     "calibration text": "calibrate",
     "statistics": "calibrate",
+    "sensitivities": "calibrate",
     "blocks": "reconstruct",
     "distillation": "distil",
     "write": "write",
 }
 NAMES = ["start", "load", "calibrate", "reconstruct", "refine", "distil", "write"]
-# Everything a run can do: two tiers, tuned blocks, latent weights, distillation.
+# Everything a run can do: two tiers, more of the fine one where the model is sensitive, tuned
+# blocks, latent weights, distillation.
 METHOD = """
 from pbq.allocate import LayerPlan, tiers_of
 from pbq.methods import waterfill
@@ -46,16 +48,19 @@ from pbq_kernels.layout import Tier
 
 class Everything(waterfill.Waterfill):
     def plan(self, layers, config):
-        return {name: self.split(layer.stats.x_sq) for name, layer in layers.items()}
+        nats = {name: layer.sensitivity or 0 for name, layer in layers.items()}
+        middle = sorted(nats.values())[len(nats) // 2]
+        return {n: self.split(x.stats.x_sq, nats[n] > middle) for n, x in layers.items()}
 
-    def split(self, x_sq):
-        fine = len(x_sq) // 4
+    def split(self, x_sq, sensitive):
+        fine = len(x_sq) // (3 if sensitive else 4)
         tiers = (Tier(1, len(x_sq) - fine), Tier(4, fine, tied=True))
         return LayerPlan(tiers, tiers_of(x_sq, fine))
 
     def recipe(self, config):
         distillation = Distillation(steps=6, lr=2e-3, latent_lr=3e-3)
-        return Recipe(block=BlockTuning(epochs=1), distillation=distillation)
+        block = BlockTuning(epochs=1)
+        return Recipe(sensitivity=True, block=block, distillation=distillation)
 
 def method(config):
     return Everything()
