@@ -87,6 +87,8 @@ def _content(report: Mapping[str, Any]) -> dict[str, Any]:
         "samples": report.get("samples") or [],
         "layers": layers,
         "worst": max(layers, key=lambda row: row["error"], default=None),
+        "dearest": max(layers, key=lambda row: row["bits"], default=None),
+        "cheapest": min(layers, key=lambda row: row["bits"], default=None),
     }
 
 

@@ -68,7 +68,7 @@ def draw_all(report: Report) -> dict[str, str]:
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
-        figures = (bits, errors, tuning, distillation, levels)
+        figures = (bits, sensitivities, errors, tuning, distillation, levels)
         drawn = {draw.__name__: draw(report) for draw in figures}
     return {name: svg for name, svg in drawn.items() if svg is not None}
 
@@ -123,8 +123,24 @@ def mean_damage(tiers: Sequence[Mapping[str, float]]) -> float:
 
 def errors(report: Report) -> str | None:
     """Relative error of every linear, blocks from left to right."""
-    layers = {name: layer["error"] for name, layer in _layers(report).items()}
-    layers = {name: error for name, error in layers.items() if error > 0 and math.isfinite(error)}
+    found = {name: layer["error"] for name, layer in _layers(report).items()}
+    return _by_block(report, found, "Relative output error of every layer")
+
+
+def sensitivities(report: Report) -> str | None:
+    """What the model loses with one linear rounded, per million weights, where it was measured."""
+    found = report.get("sensitivities") or {}
+    nats = {
+        name: 1e6 * found[name] / (layer["layout"]["n"] * layer["layout"]["k"])
+        for name, layer in _layers(report).items()
+        if name in found
+    }
+    return _by_block(report, nats, "Sensitivity of the model to every layer")
+
+
+def _by_block(report: Report, values: Mapping[str, float], title: str) -> str | None:
+    """A value for every linear, blocks from left to right."""
+    layers = {name: v for name, v in values.items() if v > 0 and math.isfinite(v)}
     if len(layers) < 2:
         return None
     blocks = [block["name"] for block in report["blocks"]]
@@ -138,7 +154,7 @@ def errors(report: Report) -> str | None:
     axes.set_xticks([i + 0.5 for i in shown], [str(i) for i in shown])
     axes.set_xlabel("block")
     axes.spines[:].set_visible(False)
-    return _svg(figure, "Relative output error of every layer")
+    return _svg(figure, title)
 
 
 def _heat_map(figure: Figure, axes: Axes, grid: list[list[float]], low: float, high: float) -> None:

@@ -49,8 +49,9 @@ class RunReport:
     paper_bits: the paper's own accounting, a label only. embed_bits: stored bits per weight of
     embeddings and head, 0 where they are as they were; these weights and bytes are not among the
     quantized ones.
-    tiers: by layer, planes, columns and damage of each tier (`note_plan`). histogram: weights of
-    one layer before and after. bytes_of: what OUT's tensors take, by kind. samples: what the model
+    tiers: by layer, planes, columns and damage of each tier (`note_plan`). sensitivities: by layer,
+    nats lost with it alone rounded, where that was measured. histogram: weights of one layer before
+    and after. bytes_of: what OUT's tensors take, by kind. samples: what the model
     made of the same prompts before and after. notes: rows that are the method's own. seconds: per
     stage. peak_bytes: largest resident memory of the process.
     """
@@ -76,6 +77,7 @@ class RunReport:
     after: Perplexity | None = None
     blocks: list[dict[str, Any]] = field(default_factory=list)
     tiers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    sensitivities: dict[str, float] = field(default_factory=dict)
     histogram: dict[str, Any] | None = None
     bytes_of: dict[str, int] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
@@ -97,6 +99,7 @@ class RunReport:
         """Keep what the plan was made from: the damage of each tier, the weights of one layer.
 
         damage: E[x²]·w², mean over the tier's weights: what a dropped weight costs its output.
+        sensitivities: nats by layer, where they were measured.
         """
         for name, plan in plans.items():
             layer = layers[name]
@@ -109,6 +112,8 @@ class RunReport:
                 }
                 for t, tier in enumerate(plan.tiers)
             ]
+            if layer.sensitivity is not None:
+                self.sensitivities[name] = layer.sensitivity
         name = _shown_layer(layers)
         self.histogram = _histogram(name, layers[name].W, plans[name])
 

@@ -59,6 +59,8 @@ def report() -> dict[str, Any]:
         blocks=blocks,
         tiers={f"{b['name']}.{name}": tiers(0.1 + i) for i, b in enumerate(blocks)
                for name in b["layers"]},
+        sensitivities={f"{b['name']}.{name}": 0.001 * (1 + i + 4 * (name == "mlp.down_proj"))
+                       for i, b in enumerate(blocks) for name in b["layers"]},
         histogram={"layer": "model.layers.1.mlp.down_proj", "range": 4.0, "rows": [0],
                    "row_std": [1.0], "tiers": [{**t, "weights": counts, "stored": counts}
                                                for t in tiers(1)]},
@@ -113,12 +115,13 @@ def test_a_page_tells_everything_that_was_measured(report: dict[str, Any]) -> No
         "overlay 2.5 % of the weights",
         "by the paper's accounting 1.500",
         "All 6 layers",
+        "most, 1.55, went to model.layers.0.attn.q_proj",
         "model.layers.2.mlp.down_proj 9x40 4 at 0 + 30 at 1 + 6 at 4 1.5500 0.0300",
         "It was … before late after, 1.55 bits <script>alert(1)</script> the text itself night",
     ):
         assert said.replace(" ", "") in words.replace(" ", ""), said
     figures = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
-    assert len(figures) == 5 and all(figures)
+    assert len(figures) == 6 and all(figures)
 
 
 def test_a_page_is_one_file_that_runs_nothing(report: dict[str, Any]) -> None:
@@ -142,7 +145,14 @@ def test_a_page_is_one_file_that_runs_nothing(report: dict[str, Any]) -> None:
 def test_what_a_figure_shows_is_what_was_measured(report: dict[str, Any]) -> None:
     """Read back from the markup: a mark per tier, per layer, per cell, per block."""
     drawn = plots.draw_all(report)
-    assert list(drawn) == ["bits", "errors", "tuning", "distillation", "levels"]
+    assert list(drawn) == [
+        "bits",
+        "sensitivities",
+        "errors",
+        "tuning",
+        "distillation",
+        "levels",
+    ]
     assert drawn["bits"].count("var(--planes-") - drawn["bits"].count("opacity: 0.75") == 0
     for planes in (0, 1, 4):
         assert drawn["bits"].count(f"var(--planes-{planes})") == 6
@@ -150,6 +160,11 @@ def test_what_a_figure_shows_is_what_was_measured(report: dict[str, Any]) -> Non
     assert cells.count("<path") == 6
     # errors of blocks 0, 1, 2 are 1, 2, 3: lightest, between, darkest
     assert cells.count("var(--heat-1)") == cells.count("var(--heat-9)") == 2
+    # .001, .002, .003 for the q_proj and .005, .006, .007 nats for the down_proj, of 9 x 40 weights
+    cells = drawn["sensitivities"].split("QuadMesh_1")[1].split("</g>")[0]
+    assert cells.count("<path") == 6
+    assert (cells.count("var(--heat-1)"), cells.count("var(--heat-9)")) == (1, 2)
+    assert ">2.8<" in drawn["sensitivities"] and ">19<" in drawn["sensitivities"]
     assert drawn["levels"].count("var(--quiet)") == 3
     # a mark before the first step, and one each time that it was looked at
     assert drawn["distillation"].count("fill: var(--accent)") == 3
@@ -157,7 +172,7 @@ def test_what_a_figure_shows_is_what_was_measured(report: dict[str, Any]) -> Non
 
 def test_a_run_without_extras_still_has_a_page(report: dict[str, Any]) -> None:
     """As one of an older pbq, or one that was asked for no perplexity."""
-    for name in ("tiers", "histogram", "bytes_of", "samples", "distillation"):
+    for name in ("tiers", "sensitivities", "histogram", "bytes_of", "samples", "distillation"):
         del report[name]
     report["before"] = report["after"] = None
     for found in report["blocks"]:
