@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pbq import __version__, hf
+from pbq.attention import fast_attention
 from pbq.calibrate import Calibration, batches, load_calibration
 from pbq.config import QuantConfig
 from pbq.disk import check_space, read_json, size_text
@@ -127,6 +128,7 @@ def finetune(
     return tuned
 
 
+@fast_attention()
 def _train(
     student: Any,
     loader: BlockLoader,

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pbq.attention import Attention, attention_as
 from pbq.errors import NumericalError
 
 Progress = Callable[[int, int], None]
@@ -204,21 +204,20 @@ def _attention_over_room() -> Iterator[None]:
     Of one query a head, torch's attention on CPUs makes full tiles, and a matmul over a view with
     gaps a copy: together they took two thirds of the time.
     """
-    usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **more: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        plain = mask is more.get("position_bias") is more.get("softcap") is None
-        if plain and query.shape[2] == 1 and hasattr(key, "whole") and hasattr(value, "whole"):
-            return _attend(query, key, value, more.get("scaling")), None
-        return usual(module, query, key, value, mask, **more)
+    def instead_of(usual: Attention) -> Attention:
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **more: Any
+        ) -> tuple[Tensor, Tensor | None]:
+            plain = mask is more.get("position_bias") is more.get("softcap") is None
+            if plain and query.shape[2] == 1 and hasattr(key, "whole") and hasattr(value, "whole"):
+                return _attend(query, key, value, more.get("scaling")), None
+            return usual(module, query, key, value, mask, **more)
 
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
-    try:
+        return attend
+
+    with attention_as(instead_of):
         yield
-    finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = usual
 
 
 def _attend(query: Tensor, key: Any, value: Any, scaling: float | None) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pbq import __version__, hf, methods, preprocessing, ranks
 from pbq.allocate import LayerPlan, stored_bits
+from pbq.attention import fast_attention
 from pbq.blocks import BlockQuantizer, Reconstructed, Streams
 from pbq.blockwise import Layers, ScoredText, through_block
 from pbq.calibrate import STATISTICS_ROWS, Calibration, batches, load_calibration
@@ -369,6 +370,7 @@ class _Run:
         start = self.config.preprocess
         return resolve_source(start).digest() if start else ""
 
+    @fast_attention()
     def preprocess(self, work: Work, calibration: Calibration) -> None:
         """The tensors that blocks are to start from, if not from their own, into `work`."""
         if not self.config.preprocess:
@@ -454,6 +456,7 @@ class _Run:
 
     # --- blocks --------------------------------------------------------------------------------
 
+    @fast_attention()
     def quantize_blocks(self, work: Work, calibration: Calibration) -> Finished:
         """Block by block; a block already in `work` is only run, to feed the one behind it."""
         ids = calibration.ids.to(self.loader.device)

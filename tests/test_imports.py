@@ -48,6 +48,7 @@ FLOORS: dict[str, int] = {
     "pbq.shards": 4,
     "pbq.memory": 4,
     "pbq.finished": 4,
+    "pbq.attention": 4,
     "pbq.own_text": 4,
     "pbq.calibrate": 4,
     "pbq.checkpoint": 4,

@@ -1,0 +1,149 @@
+"""Causal attention by matrix products, against torch's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from pbq import attention
+from pbq.attention import QUERIES, causal, fast_attention
+
+# batch, heads, heads of keys, tokens, width, width of values
+SHAPES = [
+    (1, 1, 1, 1, 8, 8),
+    (2, 4, 4, 7, 16, 16),
+    (1, 6, 2, QUERIES, 8, 8),
+    (1, 6, 2, QUERIES + 1, 8, 8),
+    (2, 9, 3, 3 * QUERIES - 5, 64, 64),
+    (1, 4, 1, 2 * QUERIES + 63, 24, 40),
+]
+
+
+def inputs(shape, dtype):
+    b, h, g, length, d, e = shape
+    generator = torch.Generator().manual_seed(0)
+    # as models make them: [b, L, heads, d], transposed
+    made = [
+        torch.randn(b, length, heads, width, generator=generator).to(dtype).transpose(1, 2)
+        for heads, width in ((h, d), (g, d), (g, e), (h, e))
+    ]
+    return [x.requires_grad_() for x in made[:3]], made[3]
+
+
+def relative(found, wanted):
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.parametrize("scaling", [None, 0.3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients_are_those_of_torch(shape, scaling):
+    x, back = inputs(shape, torch.float64)
+    wanted = F.scaled_dot_product_attention(*x, is_causal=True, enable_gqa=True, scale=scaling)
+    found = causal(*x, scaling)
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, x, back), torch.autograd.grad(wanted, x, back), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:])
+def test_bfloat16_is_as_near_to_the_truth_as_bfloat16_can_be(shape):
+    x, back = inputs(shape, torch.bfloat16)
+    exact = [each.detach().double().requires_grad_() for each in x]
+    wanted = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
+    found = causal(*x)
+    assert found.dtype == torch.bfloat16 and relative(found, wanted) < 0.006
+    for ours, theirs in zip(
+        torch.autograd.grad(found, x, back),
+        torch.autograd.grad(wanted, exact, back.double()),
+        strict=True,
+    ):
+        assert ours.dtype == torch.bfloat16 and relative(ours, theirs) < 0.012
+
+
+def test_no_token_sees_a_later_one():
+    (query, key, value), _ = inputs((1, 2, 2, QUERIES + 9, 8, 8), torch.float64)
+    for cut in (1, QUERIES - 1, QUERIES, QUERIES + 3):
+        changed = [x.detach().clone() for x in (key, value)]
+        for x in changed:
+            x[:, :, cut:] = torch.nan
+        found = causal(query, *changed)[:, :, :cut]
+        # a weight of zero times nan would be nan: only whole parts of later tokens are not read
+        part = cut // QUERIES * QUERIES
+        torch.testing.assert_close(found[:, :, :part], causal(query, key, value)[:, :, :part])
+        shifted = [x.detach().clone() for x in (key, value)]
+        for x in shifted:
+            x[:, :, cut:] += 100
+        torch.testing.assert_close(
+            causal(query, *shifted)[:, :, :cut], causal(query, key, value)[:, :, :cut]
+        )
+
+
+class Attending(nn.Module):
+    is_causal = True
+    num_key_value_groups = 2
+
+
+def called(monkeypatch, dtype=torch.bfloat16, mask=None, keys=None, module=None, **more):
+    """Was ours asked, and what came of it? Inside `fast_attention`, as a model would call it."""
+    asked = []
+    monkeypatch.setattr(attention, "causal", lambda *x: asked.append(1) or causal(*x))
+    (query, key, value), _ = inputs((1, 4, 2, 40, 8, 8), dtype)
+    key, value = key[:, :, :keys], value[:, :, :keys]
+    arguments = (module or Attending(), query, key, value, mask)
+    usual = ALL_ATTENTION_FUNCTIONS["sdpa"](*arguments, **more)[0]
+    with fast_attention():
+        found = ALL_ATTENTION_FUNCTIONS["sdpa"](*arguments, **more)[0]
+    return bool(asked), found, usual
+
+
+@pytest.fixture(autouse=True)
+def multiplies(monkeypatch):
+    """Whatever this machine has: torch multiplies bfloat16 everywhere, if slowly."""
+    monkeypatch.setattr(attention, "_multiplies_bfloat16", lambda: True)
+
+
+def test_a_model_gets_what_it_would_have_got(monkeypatch):
+    asked, found, usual = called(monkeypatch, scaling=0.25)
+    assert asked and found.shape == usual.shape
+    assert relative(found, usual) < 0.006
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"dtype": torch.float32},
+        {"mask": torch.ones(1, 1, 40, 40, dtype=torch.bool).tril(-3).logical_or(torch.eye(40) > 0)},
+        {"is_causal": False},
+        {"dropout": 1e-9},
+        {"position_bias": torch.zeros(1, 4, 40, 40, dtype=torch.bfloat16)},
+        {"keys": 39},
+    ],
+    ids=lambda case: next(iter(case)),
+)
+def test_all_else_is_left_to_torch(monkeypatch, case):
+    asked, found, usual = called(monkeypatch, **case)
+    assert not asked
+    torch.testing.assert_close(found, usual, atol=0, rtol=0)
+
+
+def test_attention_that_is_not_causal_is_left_to_torch(monkeypatch):
+    encoder = Attending()
+    encoder.is_causal = False
+    asked, found, usual = called(monkeypatch, module=encoder)
+    assert not asked and found.equal(usual)
+
+
+def test_a_machine_without_bfloat16_is_left_to_torch(monkeypatch):
+    monkeypatch.setattr(attention, "_multiplies_bfloat16", lambda: False)
+    assert not called(monkeypatch)[0]
+
+
+def test_it_ends_with_an_error_too():
+    usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with pytest.raises(ValueError, match="inside"), fast_attention():
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not usual
+        raise ValueError("inside")
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is usual
