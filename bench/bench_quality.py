@@ -1,5 +1,6 @@
 """Quality at true stored bits on SmolLM2-135M-Instruct, under one protocol.
 
+    python bench/bench_quality.py                            # the table of what was measured
     python bench/bench_quality.py ptq161                     # one row
     python bench/bench_quality.py ptq161 --seed 1 --set nsamples=32 --set effort=fast
     python bench/bench_quality.py waterfill --calib wiki.valid.txt+self --set nsamples=128
@@ -22,10 +23,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "examples"))
 RESULTS = HERE / "results" / "quality.json"
+PEERS = HERE / "results" / "peers.json"
 LOAD = """
 import json, re, sys, time
 import pbq
@@ -112,17 +118,63 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         }
 
 
+def show(rows: list[dict[str, Any]]) -> None:
+    """All rows, by stored bits and perplexity, with the papers' public code among them."""
+    table = Table(title="SmolLM2-135M-Instruct, WikiText-2 test; unquantized 20.58 (40 windows)")
+    for column in ("method", "calibration", "seed"):
+        table.add_column(column)
+    for column in ("true bits", "perplexity", "windows", "second text", "seconds", "peak GiB"):
+        table.add_column(column, justify="right")
+    notes = [r["note"] for r in rows if "note" in r]
+    found = [
+        (
+            r["stored_bits"],
+            r["ppl_wikitext2_40w"],
+            (
+                _named(r, notes),
+                f"{r['config']['calib']} {r['config']['nsamples']} x {r['config']['seqlen']}",
+                str(r["config"]["seed"]),
+                f"{r['stored_bits']:.3f}",
+                f"{r['ppl_wikitext2_40w']:,.1f}",
+                "40",
+                f"{r['ppl_python_manual_10w']:,.1f}",
+                f"{r['wall_seconds']:,.0f}",
+                f"{r['peak_bytes'] / 2**30:.1f}",
+            ),
+        )
+        for r in rows
+    ]
+    for p in json.loads(PEERS.read_text()):
+        cells = (f"public code: {p['name']}", "", "", f"{p['stored_bits']:.3f}", f"{p['ppl']:,.1f}")
+        found.append((p["stored_bits"], p["ppl"], (*cells, str(p["windows"]), "", "", "")))
+    for _, _, cells in sorted(found):
+        table.add_row(*cells)
+    console = RichConsole()
+    console.print(table)
+    for i, note in enumerate(notes, 1):
+        console.print(f"({i}) {note}")
+
+
+def _named(row: dict[str, Any], notes: list[str]) -> str:
+    effort = row["config"]["effort"]
+    number = f" ({notes.index(row['note']) + 1})" if "note" in row else ""
+    return row["method"] + (f", {effort}" if effort != "default" else "") + number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("method")
+    parser.add_argument("method", nargs="?", help="without one the table is printed")
     parser.add_argument("--bits", type=float, default=1.61)
     parser.add_argument("--calib", default="wiki.valid.txt", help="its files, or self")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE")
     parser.add_argument("--out", help="keep the checkpoint here")
     arguments = parser.parse_args()
-    row = measure(arguments)
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    if arguments.method is None:
+        show(rows)
+        return
+    row = measure(arguments)
     rows = [r for r in rows if r["config"] != row["config"]] + [row]
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
