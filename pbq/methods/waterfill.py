@@ -56,7 +56,7 @@ class Waterfill:
         return Recipe(
             hessian_tokens=49152 if block.epochs else 16384,
             importance=True,
-            sensitivity=block.epochs > 0,
+            sensitivity=True,
             token_noise=0.1,
             batch=1,  # the number of steps counts for more than the tokens of each
             block=block,
