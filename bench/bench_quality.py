@@ -118,6 +118,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         }
 
 
+def measured() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    return found
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     """All rows, by stored bits and perplexity, with the papers' public code among them."""
     table = Table(title="SmolLM2-135M-Instruct, WikiText-2 test; unquantized 20.58 (40 windows)")
@@ -170,11 +175,11 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE")
     parser.add_argument("--out", help="keep the checkpoint here")
     arguments = parser.parse_args()
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     if arguments.method is None:
-        show(rows)
+        show(measured())
         return
     row = measure(arguments)
+    rows = measured()  # now: other runs may have ended meanwhile
     rows = [r for r in rows if r["config"] != row["config"]] + [row]
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
