@@ -19,6 +19,9 @@ from pbq.experts import borrowing
 from pbq.models import weight_of
 from pbq.own_text import Progress, ordinary_tokens, sample_from_model
 
+# What stands in old corpora for every word outside of their vocabularies.
+PLACEHOLDER = "<unk>"
+
 # Calibration segments that the channel statistics are taken from, evenly spread.
 STATISTICS_ROWS = 16
 
@@ -62,8 +65,9 @@ def load_calibration(
     or a datasets id `name[:config[:split]]`. Several, joined by "+", share the segments evenly: a
     model calibrated on one kind of text loses more on the others. further: at most so many segments
     more, as far as the texts go; there are none of the model's own text, which would have to be
-    made first. token_noise: see `with_noise`; not in the model's own text, whose documents begin
-    with any token of the vocabulary. Raises DataError when there is too little text.
+    made first. token_noise: see `with_noise`; with any, PLACEHOLDER gives way to `made_up_words`.
+    Neither is done to the model's own text, whose documents begin with any token of the
+    vocabulary. Raises DataError when there is too little text.
     """
     parts = [source] if Path(source).exists() else source.split("+")
     if len(parts) > nsamples:
@@ -95,7 +99,17 @@ def load_calibration(
     looks_local = path.exists() or path.suffix in {".txt", ".jsonl", ".json", ".raw", ".md"}
     texts = _read_file(path) if looks_local else _read_dataset(source)
     name = path.name if looks_local else source
-    needed = nsamples * seqlen
+    needed, filled = nsamples * seqlen, 0
+    if token_noise:
+        words = made_up_words(tokenizer, seed)
+
+        def fill(text: str) -> str:
+            nonlocal filled
+            parts = text.split(PLACEHOLDER)
+            filled += len(parts) - 1
+            return parts[0] + "".join(next(words) + part for part in parts[1:])
+
+        texts = map(fill, texts)
     ids = _tokenize(texts, tokenizer, needed + further * seqlen)
     if len(ids) < needed:
         rows = len(ids) // seqlen
@@ -106,6 +120,7 @@ def load_calibration(
     segments = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
     if token_noise:
         name += f" with {100 * token_noise:g} % of other tokens"
+        name += f" and words for {PLACEHOLDER}" * (filled > 0)
         ordinary, _ = ordinary_tokens(model, tokenizer)
         segments = with_noise(segments, token_noise, ordinary, seed)
     return Calibration(segments[:nsamples], name, segments[nsamples : nsamples + further])
@@ -121,6 +136,28 @@ def with_noise(ids: Tensor, share: float, tokens: Tensor, seed: int) -> Tensor:
     replaced = torch.rand(ids.shape, generator=generator) < share
     others = tokens[torch.randint(len(tokens), ids.shape, generator=generator)]
     return torch.where(replaced, others, ids)
+
+
+def made_up_words(tokenizer: Any, seed: int) -> Iterator[str]:
+    """Capitalised words without end, of one to three of the vocabulary's pieces: as good as names.
+
+    A placeholder says nothing of the names it stands for, and models of a text that is full of them
+    are fitted to predict its pieces. From a vocabulary that has no pieces of words it comes back.
+    """
+    pieces = sorted(set(map(str, tokenizer.convert_ids_to_tokens(range(len(tokenizer))))))
+    starts = [p[1:] for p in pieces if p[:1] in "Ġ▁" and p[1:].isalpha() and p[1].isupper()]
+    ends = [p for p in pieces if p.isalpha() and p.islower()]
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(count: int) -> int:
+        return int(torch.randint(count, (), generator=generator))
+
+    while True:
+        if not starts or not ends:
+            yield PLACEHOLDER
+            continue
+        start, more = starts[drawn(len(starts))], drawn(3)
+        yield start + "".join(ends[drawn(len(ends))] for _ in range(more))
 
 
 def _shuffled(parts: Sequence[Tensor], generator: torch.Generator) -> Tensor:
