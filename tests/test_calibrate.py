@@ -1,7 +1,9 @@
 """Calibration tokens from every source, exactly the ones asked for; channel statistics."""
 
 import hashlib
+import itertools
 import json
+import re
 import sys
 import types
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from pbq.calibrate import batches, channel_stats, load_calibration
+from pbq.calibrate import batches, channel_stats, load_calibration, made_up_words
 from pbq.errors import DataError, NumericalError
 
 
@@ -72,6 +74,72 @@ def test_the_models_own_text_has_no_noise(tmp_path, tiny_tokenizer, tiny_model):
 
     same = (loaded(0.0) == loaded(0.5)).all(1)
     assert same.sum() == 4
+
+
+class Pieces:
+    """A tokenizer, here of characters, whose vocabulary is said to be another."""
+
+    def __init__(self, tokenizer, vocabulary):
+        self.tokenizer, self.vocabulary = tokenizer, vocabulary
+
+    def __len__(self):
+        return len(self.vocabulary)
+
+    def __call__(self, *texts, **options):
+        return self.tokenizer(*texts, **options)
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def convert_ids_to_tokens(self, ids):
+        return [self.vocabulary[i] for i in ids]
+
+
+@pytest.mark.parametrize("marker", ["Ġ", "▁"])
+def test_words_are_made_of_pieces_as_names_are(tiny_tokenizer, marker):
+    known = ["<s>", "", marker, "7", "...", "Kow", f"{marker}the", f"{marker}X2", f"{marker}-A"]
+    vocabulary = [*known, f"{marker}Kow", f"{marker}Ada", "alski", "ing"]
+
+    def made(seed):
+        words = made_up_words(Pieces(tiny_tokenizer, vocabulary), seed)
+        return list(itertools.islice(words, 900))
+
+    words = made(0)
+    starts, ends = ("Kow", "Ada"), ("", "alski", "ing", *map("".join, PAIRS))
+    assert set(words) == {start + end for start in starts for end in ends}
+    for few in (words.count("Kow"), words.count("Ada")):
+        assert few == pytest.approx(150, abs=45)
+    assert words == made(0) != made(1)
+
+
+PAIRS = list(itertools.product(("alski", "ing"), repeat=2))
+
+
+def test_placeholders_become_words_where_there_is_noise(tmp_path, tiny_tokenizer, tiny_model):
+    text = "of <unk> and <unk>, <unk>-<unk> et al. " * 9
+    (tmp_path / "a.txt").write_text(text)
+    tokenizer = Pieces(tiny_tokenizer, ["ĠKow", "ĠKow", "ing", "ing"])
+
+    def loaded(share, tokenizer=tokenizer):
+        return load_calibration(
+            str(tmp_path / "a.txt"),
+            tokenizer,
+            tiny_model("llama"),
+            nsamples=5,
+            seqlen=40,
+            seed=0,
+            token_noise=share,
+        )
+
+    filled = loaded(1e-9)  # a share that no token happens to be in
+    assert filled.label() == "a.txt with 1e-07 % of other tokens and words for <unk>, 5 x 40 tokens"
+    said = tiny_tokenizer.decode(filled.ids.flatten().tolist()).replace(" ", "")
+    pattern = "of@and@,@-@etal.".replace("@", "Kow(ing){0,2}")
+    assert re.match(f"({pattern}){{3}}", said), said
+    # no noise, or no pieces of words in the vocabulary: as it was
+    plain = tiny_tokenizer(text, add_special_tokens=False).input_ids[:200]
+    for same in (loaded(0), loaded(1e-9, tiny_tokenizer)):
+        assert same.ids.flatten().tolist() == plain
 
 
 def test_the_hash_names_the_ids(tmp_path, tiny_tokenizer):
