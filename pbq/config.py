@@ -33,7 +33,7 @@ class QuantConfig:
     block_epochs: passes over the calibration rows that train each block; -1: as the effort says.
     distil_steps: steps of 1,024 tokens that train all blocks together; -1: as the effort says.
     token_noise: share of the tokens of a calibration text that are replaced by others of the
-        vocabulary; -1 leaves it to the method.
+        vocabulary, <unk> by made-up words besides; -1 leaves it to the method.
     embed_bits: 8 or 4 pack the embeddings and the head, rounded to nearest, at so many bits and
         their scales, which `bits` does not count; 0 leaves them as they are.
     preprocess: a packed checkpoint of the same model; its weights, restored by LoRA, are quantized
