@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -104,6 +105,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         return {
             "method": config.method,
             "config": {**config.to_dict(), "calib": Path(config.calib).name},
+            "calibration": report.calibration,
             "stored_bits": report.bits,
             "paper_bits": report.paper_bits,
             "ppl_wikitext2_40w": wiki.models[0].perplexities[0].ppl,
@@ -137,7 +139,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             r["ppl_wikitext2_40w"],
             (
                 _named(r, notes),
-                f"{r['config']['calib']} {r['config']['nsamples']} x {r['config']['seqlen']}",
+                f"{r['config']['calib']} {_segments(r)} x {r['config']['seqlen']}",
                 str(r["config"]["seed"]),
                 f"{r['stored_bits']:.3f}",
                 f"{r['ppl_wikitext2_40w']:,.1f}",
@@ -158,6 +160,16 @@ def show(rows: list[dict[str, Any]]) -> None:
     console.print(table)
     for i, note in enumerate(notes, 1):
         console.print(f"({i}) {note}")
+
+
+def _segments(row: dict[str, Any]) -> int:
+    """How many there were, which the method may have decided."""
+    asked: int = row["config"]["nsamples"]
+    if asked != -1:
+        return asked
+    found = re.search(r"(\d+) x \d+ tokens", row["calibration"])
+    assert found is not None
+    return int(found[1])
 
 
 def _named(row: dict[str, Any], notes: list[str]) -> str:

@@ -264,7 +264,7 @@ class BlockQuantizer:
         common = {n: m for n, m in self.linears.items() if not n.startswith(inside)}
         groups = shared_inputs(self.block, streams.fp[0], self.call, common)
         bases = residual_bases(self.block, list(common), streams.fp[0][:1], self.call)
-        chosen = self._hessian_batches(len(streams.fp))
+        chosen = self._hessian_batches(streams.fp)
         firsts = [group[0] for group in groups]
         wanted = sorted({*firsts, *(b for b in bases.values() if b)})
         originals, routed = self._original_pass(streams.fp, chosen, wanted, list(experts))
@@ -289,15 +289,15 @@ class BlockQuantizer:
             self._experts(name, originals_in, streams, chosen, plans, out)
         return out
 
-    def _hessian_batches(self, count: int) -> list[int]:
+    def _hessian_batches(self, hidden: Sequence[Tensor]) -> list[int]:
         """Evenly spread batches with at least `hessian_tokens` tokens between them, or all.
 
         Never those that later stages are judged by (tune.held_out). Neighbouring blocks take other
         batches where there are enough: compensation fits the tokens it sees better than the rest,
         and must not go on from its own residues.
         """
-        usable = sorted(set(range(count)) - set(held_out(count)))
-        per_batch = self.config.nsamples * self.config.seqlen / count
+        usable = sorted(set(range(len(hidden))) - set(held_out(len(hidden))))
+        per_batch = hidden[0].shape[0] * hidden[0].shape[1]
         wanted = min(len(usable), max(1, math.ceil(self.recipe.hessian_tokens / per_batch)))
         turn = self.index % (len(usable) // wanted)
         return [usable[i * len(usable) // wanted + turn] for i in range(wanted)]

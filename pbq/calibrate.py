@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from pbq import ranks
 from pbq.allocate import ChannelStats
+from pbq.config import QuantConfig
 from pbq.errors import DataError, NumericalError
 from pbq.experts import borrowing
 from pbq.models import weight_of
 from pbq.own_text import Progress, ordinary_tokens, sample_from_model
+from pbq.tune import Recipe
 
 # What stands in old corpora for every word outside of their vocabularies.
 PLACEHOLDER = "<unk>"
@@ -28,7 +30,7 @@ STATISTICS_ROWS = 16
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """ids int64 [nsamples, seqlen] and where they came from; their sha256 names the set.
+    """ids int64 [N, seqlen] and where they came from; their sha256 names the set.
 
     further: segments [M, seqlen] of the same text behind those; only a distillation sees them.
     """
@@ -55,6 +57,7 @@ def load_calibration(
     nsamples: int,
     seqlen: int,
     seed: int,
+    more: int = 0,
     further: int = 0,
     token_noise: float = 0.0,
     progress: Progress | None = None,
@@ -63,16 +66,18 @@ def load_calibration(
 
     source: "self"; a path (.jsonl: one object a line with a "text", anything else: plain text);
     or a datasets id `name[:config[:split]]`. Several, joined by "+", share the segments evenly: a
-    model calibrated on one kind of text loses more on the others. further: at most so many segments
-    more, as far as the texts go; there are none of the model's own text, which would have to be
-    made first. token_noise: see `with_noise`; with any, PLACEHOLDER gives way to `made_up_words`.
-    Neither is done to the model's own text, whose documents begin with any token of the
-    vocabulary. Raises DataError when there is too little text.
+    model calibrated on one kind of text loses more on the others. more: at most so many segments
+    beyond nsamples, as far as the texts go; further: at most so many behind those. There are none
+    of the model's own text, which would have to be made first. token_noise: see `with_noise`; with
+    any, PLACEHOLDER gives way to `made_up_words`. Neither is done to the model's own text, whose
+    documents begin with any token of the vocabulary. Raises DataError when there is too little
+    text.
     """
     parts = [source] if Path(source).exists() else source.split("+")
     if len(parts) > nsamples:
         raise DataError(f"{source}: {len(parts)} sources need at least as many --nsamples")
     if len(parts) > 1:
+        given = [part for part in parts if part != "self"]
         found = [
             load_calibration(
                 part,
@@ -81,6 +86,7 @@ def load_calibration(
                 nsamples=nsamples * (i + 1) // len(parts) - nsamples * i // len(parts),
                 seqlen=seqlen,
                 seed=seed + i,
+                more=more // max(1, len(given)),
                 further=further,
                 token_noise=token_noise,
                 progress=progress,
@@ -90,8 +96,8 @@ def load_calibration(
         # a batch, and a subset that is evenly spread, should hold every kind
         generator = torch.Generator().manual_seed(seed)
         ids = _shuffled([each.ids for each in found], generator)
-        more = _shuffled([each.further for each in found], generator)
-        return Calibration(ids, " + ".join(each.source for each in found), more[:further])
+        behind = _shuffled([each.further for each in found], generator)
+        return Calibration(ids, " + ".join(each.source for each in found), behind[:further])
     if source == "self":
         ids = sample_from_model(model, tokenizer, nsamples, seqlen, seed, progress)
         return Calibration(ids, f"sampled from the model itself, seed {seed}", ids[:0])
@@ -110,7 +116,7 @@ def load_calibration(
             return parts[0] + "".join(next(words) + part for part in parts[1:])
 
         texts = map(fill, texts)
-    ids = _tokenize(texts, tokenizer, needed + further * seqlen)
+    ids = _tokenize(texts, tokenizer, needed + (more + further) * seqlen)
     if len(ids) < needed:
         rows = len(ids) // seqlen
         raise DataError(
@@ -123,7 +129,14 @@ def load_calibration(
         name += f" and words for {PLACEHOLDER}" * (filled > 0)
         ordinary, _ = ordinary_tokens(model, tokenizer)
         segments = with_noise(segments, token_noise, ordinary, seed)
-    return Calibration(segments[:nsamples], name, segments[nsamples : nsamples + further])
+    count = nsamples + more
+    return Calibration(segments[:count], name, segments[count : count + further])
+
+
+def most_rows(config: QuantConfig, recipe: Recipe) -> int:
+    """Segments that blocks are fitted to: fewer where a given text is shorter."""
+    asked = config.nsamples != -1 or config.calib == "self"
+    return config.segments if asked else max(config.segments, recipe.rows)
 
 
 def with_noise(ids: Tensor, share: float, tokens: Tensor, seed: int) -> Tensor:

@@ -30,7 +30,10 @@ Effort = Annotated[str, typer.Option(help="fast | default | best")]
 Calib = Annotated[
     str, typer.Option(help="text or jsonl file, datasets id name[:config[:split]], self; or A+B")
 ]
-NSamples = Annotated[int, typer.Option(help="calibration segments")]
+NSamples = Annotated[
+    int,
+    typer.Option(help="calibration segments, -1: 64, more of a longer text if the method gains"),
+]
 SeqLen = Annotated[int, typer.Option(help="tokens in a segment")]
 Seed = Annotated[int, typer.Option(help="sampling, shuffling, held-out rows")]
 Texts = Annotated[

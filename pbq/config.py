@@ -12,6 +12,8 @@ from pbq.errors import UsageError
 EFFORTS = ("fast", "default", "best")
 EMBED_BITS = (0, 4, 8)
 CRITERIA = ("damage", "absmax", "mean-abs", "hessian", "magnitude")
+# Calibration segments, where nobody says how many.
+NSAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class QuantConfig:
     method: a file of pbq/methods.
     bits: the promise, stored bits per quantized weight (docs/format.md says what counts).
     effort: how long to optimise, fast | default | best.
-    nsamples, seqlen: calibration segments and tokens in each.
+    nsamples, seqlen: calibration segments and tokens in each; nsamples -1: 64, and more of a longer
+        text where the method gains from them (Recipe.rows).
     calib: text file, jsonl file, datasets id, or "self" (text sampled from the model).
     group_size: columns per group of scales; -1 leaves it to the method, which is the row for most.
     block_size: columns per lazy update of the GPTQ sweep; does not change the result.
@@ -44,7 +47,7 @@ class QuantConfig:
     method: str = "waterfill"
     bits: float = 1.61
     effort: str = "default"
-    nsamples: int = 64
+    nsamples: int = -1
     seqlen: int = 1024
     calib: str = "self"
     group_size: int = -1
@@ -72,7 +75,9 @@ class QuantConfig:
             raise UsageError(f"--criterion {self.criterion}: expected one of {', '.join(CRITERIA)}")
         if self.embed_bits not in EMBED_BITS:
             raise UsageError(f"--embed-bits {self.embed_bits}: expected 8, 4 or 0 (as they are)")
-        for name, least in (("nsamples", 1), ("seqlen", 8), ("block_size", 1), ("seed", 0)):
+        if self.nsamples != -1 and self.nsamples < 1:
+            raise UsageError(f"--nsamples {self.nsamples}: expected at least 1, or -1 (by method)")
+        for name, least in (("seqlen", 8), ("block_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 option = name.replace("_", "-")
                 raise UsageError(f"--{option} {getattr(self, name)}: expected at least {least}")
@@ -92,6 +97,11 @@ class QuantConfig:
             )
         if not 0 < self.percdamp < 1:
             raise UsageError(f"--percdamp {self.percdamp}: expected a share between 0 and 1")
+
+    @property
+    def segments(self) -> int:
+        """Calibration segments that there must be."""
+        return NSAMPLES if self.nsamples == -1 else self.nsamples
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

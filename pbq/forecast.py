@@ -11,7 +11,7 @@ import torch
 
 from pbq import methods, preprocessing
 from pbq.allocate import ChannelStats, PlanInput
-from pbq.calibrate import STATISTICS_ROWS
+from pbq.calibrate import STATISTICS_ROWS, most_rows
 from pbq.config import QuantConfig
 from pbq.sensitivity import HESSIAN_TOKENS, LENGTH, SEGMENTS
 from pbq.tune import STEP_TOKENS, Recipe
@@ -109,8 +109,9 @@ def seconds(
     is sampled from the model, and scoring, are not included.
     """
     weights = sum(n * k for n, k in shapes.values())
-    tokens = config.nsamples * config.seqlen
-    statistics = 2 * (weights + head) * min(STATISTICS_ROWS, config.nsamples) * config.seqlen
+    rows = most_rows(config, recipe)
+    tokens = rows * config.seqlen
+    statistics = 2 * (weights + head) * min(STATISTICS_ROWS, rows) * config.seqlen
     fitted = min(tokens, recipe.hessian_tokens)
     # both streams once; the quantized one again for each input, half a block on average
     forwards = 2 * 2 * weights * tokens + 4 * weights * fitted
@@ -125,16 +126,19 @@ def seconds(
         found["sensitivities"] = _sensitivities(shapes, head, tokens, speed)
     found["blocks"] = blocks
     if recipe.block is not None:
-        found["blocks"] += 6 * weights * recipe.block.epochs * tokens / speed.model
+        seen = max(recipe.block.epochs * rows, recipe.block.steps * recipe.batch) * config.seqlen
+        found["blocks"] += 6 * weights * seen / speed.model
     if config.preprocess:
         # the frozen weights have no gradients of their own
         step = STEP_TOKENS * (4 * weights + 6 * head)
         found["preprocessing"] = preprocessing.STEPS[config.effort] * step / speed.model
     if recipe.distillation is not None:
+        steps = recipe.distillation.steps
         # the original model: its head alone, on kept hidden states, but the whole on further text
-        again = 0 if config.calib == "self" else 2 * weights
-        step = STEP_TOKENS * (6 * weights + again + 8 * head)
-        found["distillation"] = recipe.distillation.steps * step / speed.model
+        further = 0 if config.calib == "self" else steps * STEP_TOKENS / config.seqlen
+        again = 2 * weights * further / (rows + further)
+        operations = STEP_TOKENS * (6 * weights + again + 8 * head)
+        found["distillation"] = steps * operations / speed.model
     found = {stage: time / EFFICIENCY for stage, time in found.items()}
     columns = sum(k * speed.column + n * k * speed.entry for n, k in shapes.values())
     return {s: t + columns * (s in ("blocks", "sensitivities")) for s, t in found.items()}

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from pbq.calibrate import most_rows
 from pbq.config import QuantConfig
 from pbq.disk import size_text
 from pbq.errors import ResourceError
@@ -78,14 +79,15 @@ def needs(
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     dense = sum(p.numel() for p in model.parameters()) * width
     resident = dense - (sum(sizes) - max(sizes)) * width if streams else dense
-    states = _state_bytes(model, len(blocks), config.nsamples * config.seqlen, width)
+    tokens = most_rows(config, recipe) * config.seqlen
+    states = _state_bytes(model, len(blocks), tokens, width)
     kept = 0 if spills(states, budget) else states
     block = blocks[sizes.index(max(sizes))]
     working = _block_bytes(block, config, recipe, max(sizes), width)
     whole = {}
     base = _IMPORTS_BYTES + kept
     if "self" in config.calib.split("+"):
-        sampling = sampling_bytes(model, config.nsamples, config.seqlen)
+        sampling = sampling_bytes(model, config.segments, config.seqlen)
         whole["calibration"] = _IMPORTS_BYTES + dense + sampling
     if streams and gradients:
         whole["statistics"] = base + 2 * dense
@@ -108,7 +110,7 @@ def _block_bytes(
     """What quantizing one block takes beside its weights."""
     shapes = [weight_of(linear).shape for linear in find_linears(block).values()]
     n, k = max(shapes, key=math.prod)
-    tokens = min(config.nsamples * config.seqlen, recipe.hessian_tokens)
+    tokens = min(most_rows(config, recipe) * config.seqlen, recipe.hessian_tokens)
     widest = max(shape[1] for shape in shapes)
     # behind the attention, the norms and the gate, as the original model has them
     inputs = tokens * (3 * min(shape[1] for shape in shapes) + widest) * width

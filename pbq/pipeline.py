@@ -25,7 +25,7 @@ from pbq.allocate import LayerPlan, stored_bits
 from pbq.attention import fast_attention
 from pbq.blocks import BlockQuantizer, Reconstructed, Streams
 from pbq.blockwise import Layers, ScoredText, through_block
-from pbq.calibrate import STATISTICS_ROWS, Calibration, batches, load_calibration
+from pbq.calibrate import STATISTICS_ROWS, Calibration, batches, load_calibration, most_rows
 from pbq.config import QuantConfig
 from pbq.disk import check_space
 from pbq.distilling import Functional, distil_model
@@ -305,9 +305,10 @@ class _Run:
                 self.config.calib,
                 self.loader.tokenizer,
                 model,
-                nsamples=self.config.nsamples,
+                nsamples=self.config.segments,
                 seqlen=self.config.seqlen,
                 seed=self.config.seed,
+                more=most_rows(self.config, self.recipe) - self.config.segments,
                 further=self._further(),
                 token_noise=self.recipe.token_noise,
                 progress=self.observer.step,
@@ -361,7 +362,8 @@ class _Run:
 
     def _spill(self, work: Work, tokens: int) -> Spill:
         """Where hidden states of so many tokens are kept."""
-        all_of_them = self.needs.states * tokens // (self.config.nsamples * self.config.seqlen)
+        rows = most_rows(self.config, self.recipe)
+        all_of_them = self.needs.states * tokens // (rows * self.config.seqlen)
         return Spill(work.path if spills(all_of_them, self.budget) else None)
 
     # --- preprocessing -------------------------------------------------------------------------

@@ -31,11 +31,13 @@ LOOKS = 4
 class BlockTuning(Rates):
     """Optimisation of one block against the original block.
 
-    epochs: passes over the calibration rows. loss: "relative" (`relative_error`) or "mse-nlc"
-    (PTQ1.61, eq. 8). dual: also meet the original block on the quantized inputs.
+    epochs: passes over the calibration rows. steps: at least so many, in more passes where rows are
+    few. loss: "relative" (`relative_error`) or "mse-nlc" (PTQ1.61, eq. 8). dual: also meet the
+    original block on the quantized inputs.
     """
 
     epochs: float
+    steps: int = 0
     loss: str = "relative"
     dual: bool = False
 
@@ -64,8 +66,9 @@ class Recipe:
     not all linears alike by the inverse norm of that output.
     sensitivity: measure first what each linear costs the model, see pbq.sensitivity; like the
     distillation, with the whole model in memory.
-    hessian_tokens: calibration tokens behind each Hessian. batch: rows run at once. token_noise:
-    see calibrate.with_noise.
+    hessian_tokens: calibration tokens behind each Hessian. rows: segments of a given text that
+    blocks are fitted to where it has as many, though fewer were asked for. batch: rows run at
+    once. token_noise: see calibrate.with_noise.
     """
 
     feedback: bool = True
@@ -78,6 +81,7 @@ class Recipe:
     natural_order: bool = False
     joint: bool = False
     hessian_tokens: int = 32768
+    rows: int = 0
     batch: int = 2
     token_noise: float = 0.0
     block: BlockTuning | None = None
@@ -343,7 +347,7 @@ def tune_block(
         norms,
         rows=len(inputs),
         unseen=held_out(len(inputs)),
-        steps=lambda train: round(tuning.epochs * train),
+        steps=lambda train: max(round(tuning.epochs * train), tuning.steps),
         rates=tuning,
         seed=seed,
         progress=progress,

@@ -475,10 +475,9 @@ def test_hessian_batches_are_spread_enough_and_others_in_the_next_block(
 ) -> None:
     scene = Scene(tiny_model("llama"), batches=1)
     quantizer = scene.quantizer(Recipe(hessian_tokens=tokens), ptq161.Ptq161(faithful=False))
-    quantizer.config = QuantConfig(nsamples=2 * count, seqlen=10)  # 20 tokens a batch
-    every = []
+    hidden, every = [torch.zeros(2, 10, 1)] * count, []
     for quantizer.index in range(4):
-        chosen = quantizer._hessian_batches(count)
+        chosen = quantizer._hessian_batches(hidden)
         assert chosen == sorted(set(chosen)) and chosen[0] >= 0 and chosen[-1] < count
         usable = count - len(held_out(count))
         assert len(chosen) == usable or 20 * (len(chosen) - 1) < tokens <= 20 * len(chosen)

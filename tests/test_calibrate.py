@@ -11,7 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from pbq.calibrate import batches, channel_stats, load_calibration, made_up_words
+from pbq.calibrate import (
+    Calibration,
+    batches,
+    channel_stats,
+    load_calibration,
+    made_up_words,
+)
 from pbq.errors import DataError, NumericalError
 
 
@@ -442,6 +448,35 @@ def test_further_segments_go_on_where_the_others_end(tmp_path, tiny_tokenizer) -
     assert plenty.further.flatten().tolist() == ids[16 : len(ids) // 8 * 8]
     assert found.sha256 != plenty.sha256
     assert found.label() == "a.txt, 2 x 8 tokens, distilled on 3 more"
+
+
+def test_more_segments_are_calibrated_on_where_there_are_more(tmp_path, tiny_tokenizer) -> None:
+    text = "".join(chr(97 + i % 26) for i in range(60))
+    (tmp_path / "a.txt").write_text(text)
+    ids = tiny_tokenizer(text, add_special_tokens=False).input_ids
+
+    def loaded(more: int) -> Calibration:
+        arguments = (str(tmp_path / "a.txt"), tiny_tokenizer, None)
+        return load_calibration(*arguments, nsamples=2, seqlen=8, seed=0, more=more, further=2)
+
+    found, plenty = loaded(3), loaded(99)
+    assert found.ids.flatten().tolist() == ids[:40]
+    assert found.further.flatten().tolist() == ids[40:56]
+    assert plenty.ids.flatten().tolist() == ids[: len(ids) // 8 * 8]
+    assert plenty.further.shape == (0, 8)
+    assert found.label() == "a.txt, 5 x 8 tokens, distilled on 2 more"
+
+
+def test_given_texts_share_what_there_is_more(tmp_path, tiny_model, tiny_tokenizer) -> None:
+    (tmp_path / "a.txt").write_text("a" * 100)
+    (tmp_path / "b.txt").write_text("b" * 100)
+    three = f"{tmp_path / 'a.txt'}+self+{tmp_path / 'b.txt'}"
+    model = tiny_model("llama")
+    found = load_calibration(three, tiny_tokenizer, model, nsamples=6, seqlen=8, seed=0, more=5)
+    a, b = (set(tiny_tokenizer(letter).input_ids) for letter in "ab")
+    kinds = [set(row.tolist()) for row in found.ids]
+    assert kinds.count(a) == kinds.count(b) == 4
+    assert len(kinds) == 10
 
 
 def test_further_segments_are_of_given_text_only(tmp_path, tiny_model, tiny_tokenizer) -> None:

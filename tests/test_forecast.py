@@ -24,7 +24,30 @@ def test_statistics_and_distillation_by_hand():
     assert set(found) == {"statistics", "blocks", "distillation"}
     text = seconds(SHAPES, 50, dataclasses.replace(config, calib="a.txt"), recipe, SPEED)
     gap = text["distillation"] - found["distillation"]
-    assert gap == pytest.approx(7 * 1024 * 2 * 500 / 2000 / EFFICIENCY)
+    further = 7 * 1024 / 100
+    share = further / (4 + further)  # of the steps that are on text without kept hidden states
+    assert gap == pytest.approx(share * 7 * 1024 * 2 * 500 / 2000 / EFFICIENCY)
+
+
+def test_a_recipe_may_want_more_rows_of_a_given_text():
+    recipe = Recipe(block=BlockTuning(epochs=1), rows=80)
+
+    def cost(nsamples: int, calib: str) -> dict[str, float]:
+        config = QuantConfig(nsamples=nsamples, seqlen=100, calib=calib)
+        return seconds(SHAPES, 50, config, recipe, SPEED)
+
+    assert cost(-1, "a.txt") == cost(80, "a.txt") == cost(-1, "a.txt+self")
+    assert cost(-1, "self") == cost(64, "self") != cost(80, "self")
+    assert cost(7, "a.txt")["blocks"] < cost(-1, "a.txt")["blocks"]
+
+
+def test_few_rows_are_passed_over_more_often():
+    config = QuantConfig(nsamples=4, seqlen=100)
+    five, at_least = (
+        seconds(SHAPES, 0, config, Recipe(block=block), SPEED)
+        for block in (BlockTuning(epochs=5), BlockTuning(epochs=1, steps=10))
+    )
+    assert at_least == five  # of two rows each
 
 
 def test_an_epoch_of_block_tuning_costs_a_pass_forth_and_back():

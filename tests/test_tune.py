@@ -416,6 +416,16 @@ def test_tuning_lowers_the_held_out_loss(weight: QuantizedWeight) -> None:
     pack(scales["a"])  # every number is rounded to float16 already
 
 
+def test_few_rows_are_passed_over_until_there_were_steps_enough(weight: QuantizedWeight) -> None:
+    def curve(**passes: float) -> list[tuple[int, float]]:
+        return tune(Toy(weight), TunableWeight(weight), BlockTuning(**passes, lr=1e-3))[2].curve
+
+    # 19 rows are trained on
+    assert curve(epochs=1, steps=57) == curve(epochs=3)
+    assert curve(epochs=2, steps=11) == curve(epochs=2)
+    assert curve(epochs=1, steps=20)[-1][0] == 20
+
+
 def test_signs_that_move_reach_where_scales_cannot(weight: QuantizedWeight) -> None:
     rates = {"epochs": 10, "lr": 2e-2, "norm_lr": 0.0}
     fixed = tune(Toy(weight, flips=0.1), TunableWeight(weight), BlockTuning(**rates))

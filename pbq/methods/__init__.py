@@ -160,7 +160,7 @@ def recipe_of(method: Method, config: QuantConfig) -> Recipe:
     if config.distil_steps > 0 and distillation is None:
         refuse_options(config, "distil_steps")
     if block is not None and config.block_epochs >= 0:
-        block = dataclasses.replace(block, epochs=config.block_epochs)
+        block = dataclasses.replace(block, epochs=config.block_epochs, steps=0)
     if distillation is not None and config.distil_steps >= 0:
         distillation = dataclasses.replace(distillation, steps=config.distil_steps)
     distillation = distillation if distillation and distillation.steps else None

@@ -73,7 +73,7 @@ class NanoQuant:
 
     def recipe(self, config: QuantConfig) -> Recipe:
         if self.faithful:
-            steps = math.ceil(PAPER_EPOCHS * config.nsamples * config.seqlen / STEP_TOKENS)
+            steps = math.ceil(PAPER_EPOCHS * config.segments * config.seqlen / STEP_TOKENS)
             return Recipe(
                 feedback=False,
                 sweeps=0,

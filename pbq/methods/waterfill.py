@@ -22,8 +22,11 @@ from pbq.methods import refuse_options
 from pbq.tune import BlockTuning, Distillation, Recipe
 from pbq_kernels.layout import Tier
 
-# Passes over the calibration rows for each block, and steps of distillation.
-EPOCHS = {"fast": 0.0, "default": 2.0, "best": 6.0}
+# Segments of a given text, where it has as many; passes over them for each block, in steps of one
+# segment at least PASSES; and steps of distillation.
+ROWS = {"fast": 0, "default": 192, "best": 256}
+EPOCHS = {"fast": 0.0, "default": 1.0, "best": 2.0}
+PASSES = {"fast": 0, "default": 128, "best": 256}
 STEPS = {"fast": 30, "default": 150, "best": 1000}
 
 
@@ -50,18 +53,23 @@ class Waterfill:
         )
 
     def recipe(self, config: QuantConfig) -> Recipe:
-        block = BlockTuning(epochs=EPOCHS[config.effort], lr=2e-3, norm_lr=2e-3, latent_lr=6e-2)
-        # what trained blocks are would first be lost at the rates that untrained ones gain from
-        lr, latent_lr = (1.5e-3, 1e-3) if block.epochs else (5e-3, 3e-3)
+        block = BlockTuning(
+            epochs=EPOCHS[config.effort],
+            steps=PASSES[config.effort],
+            lr=2e-3,
+            norm_lr=2e-3,
+            latent_lr=2e-2,
+        )
         return Recipe(
             hessian_tokens=49152 if block.epochs else 16384,
+            rows=ROWS[config.effort],
             importance=True,
             sensitivity=True,
             token_noise=0.1,
             batch=1,  # the number of steps counts for more than the tokens of each
             block=block,
             distillation=Distillation(
-                steps=STEPS[config.effort], lr=lr, norm_lr=lr, latent_lr=latent_lr
+                steps=STEPS[config.effort], lr=1.5e-3, norm_lr=1.5e-3, latent_lr=1e-3
             ),
         )
 
