@@ -69,7 +69,7 @@ bench-sass: $(VENV)/.dev
 	$(RUN) bench/count_sass.py
 
 # The marker files are remade when pyproject.toml asks for something new, or the C kernels changed.
-KERNELS := kernels/pbq_kernels/cpu.c kernels/pbq_kernels/cpu_build.py hatch_build.py
+KERNELS := $(wildcard kernels/pbq_kernels/*.c) kernels/pbq_kernels/cpu_build.py hatch_build.py
 
 $(VENV)/.torch: pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from pbq.allocate import LayerPlan, PlanInput, most_columns, tiers_of
 from pbq.config import QuantConfig
-from pbq.grid import Grid, fit_planes, stored
-from pbq.methods.waterfill import Waterfill, tiers
+from pbq.grid import Grid, TrellisGrid, stored
+from pbq.methods.waterfill import Waterfill
 from pbq.tune import Recipe
 from pbq_kernels.layout import Tier
 
@@ -38,14 +38,18 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "ablation.json"
 ROW = "PBQ_ABLATION"
 
-ALL, ONE_MIX, UNFITTED, TRAINED, UNDISTILLED = (
+ALL, PLAIN, HALF, ONE_MIX, UNFITTED, TRAINED, UNDISTILLED = (
     "all of it",
+    "plain levels, no trellis",
+    "scales in 16 bits, not 8",
     "the same bits, and 1 or 4 planes a column",
     "scales from the largest entry, not fitted",
     "blocks trained too, two passes",
     "not distilled",
 )
-# What the recipe is instead.
+# What the method is instead.
+METHODS: dict[str, dict[str, int]] = {PLAIN: {"memory": 0}, HALF: {"scale_bits": 16}}
+# What its recipe is instead.
 RECIPES: dict[str, dict[str, object]] = {
     "the same bits for every layer": {"sensitivity": False},
     ONE_MIX: {"sensitivity": False},
@@ -60,7 +64,7 @@ OPTIONS: dict[str, dict[str, float]] = {
     # without any no sensitivities would be measured; this one moves by next to nothing
     UNDISTILLED: {"distil_steps": 1},
 }
-ROWS = [ALL, *RECIPES, UNFITTED, UNDISTILLED, TRAINED]
+ROWS = [ALL, *METHODS, *RECIPES, UNFITTED, UNDISTILLED, TRAINED]
 
 
 @dataclass(frozen=True)
@@ -68,42 +72,43 @@ class Ablated(Waterfill):
     row: str = ALL
 
     def plan(self, layers: Mapping[str, PlanInput], config: QuantConfig) -> dict[str, LayerPlan]:
-        return _one_mix(layers, config) if self.row == ONE_MIX else super().plan(layers, config)
+        return (
+            self._one_mix(layers, config) if self.row == ONE_MIX else super().plan(layers, config)
+        )
 
     def fit(self, W: Tensor, weight: Tensor, tier: Tier, row: Tensor) -> Grid:
-        return (
-            _unfitted(W, tier.planes) if self.row == UNFITTED else super().fit(W, weight, tier, row)
-        )
+        return _unfitted(W, tier) if self.row == UNFITTED else super().fit(W, weight, tier, row)
+
+    def _one_mix(
+        self, layers: Mapping[str, PlanInput], config: QuantConfig
+    ) -> dict[str, LayerPlan]:
+        """As many columns at 4 planes as the bits allow, the others at 1; all layers alike."""
+
+        def mix(k: int, c: int) -> tuple[Tier, ...]:
+            return self.tiers([0, k - c, 0, 0, c])
+
+        def planned(name: str, layer: PlanInput) -> LayerPlan:
+            n, k = layer.shape
+            c = most_columns(n, k, config.bits, partial(mix, k), name)
+            return LayerPlan(mix(k, c), tiers_of(layer.stats.x_sq * layer.w_sq, c))
+
+        return {name: planned(name, layer) for name, layer in layers.items()}
 
     def recipe(self, config: QuantConfig) -> Recipe:
         return dataclasses.replace(super().recipe(config), **RECIPES.get(self.row, {}))
 
 
-def _one_mix(layers: Mapping[str, PlanInput], config: QuantConfig) -> dict[str, LayerPlan]:
-    """As many columns at 4 planes as the bits allow, the others at 1; all layers alike."""
-
-    def mix(k: int, c: int) -> tuple[Tier, ...]:
-        return tiers([0, k - c, 0, 0, c])
-
-    def planned(name: str, layer: PlanInput) -> LayerPlan:
-        n, k = layer.shape
-        c = most_columns(n, k, config.bits, partial(mix, k), name)
-        return LayerPlan(mix(k, c), tiers_of(layer.stats.x_sq * layer.w_sq, c))
-
-    return {name: planned(name, layer) for name, layer in layers.items()}
-
-
-def _unfitted(W: Tensor, planes: int) -> Grid:
-    """Levels evenly out to the largest |w| of the row; a single one at the mean of |w|."""
-    if planes == 1:
-        return fit_planes(W, torch.ones_like(W[0]), 1)
-    power = 2.0 ** torch.arange(planes, device=W.device)
-    scale = W.abs().amax(1, keepdim=True) / (2**planes - 1)
-    return Grid(stored(scale.clamp(min=1e-7)) * power, W.new_zeros(len(W)))
+def _unfitted(W: Tensor, tier: Tier) -> Grid:
+    """Levels evenly out to the largest |w| of the row."""
+    power = 2.0 ** torch.arange(tier.depth, device=W.device)
+    scale = W.abs().amax(1, keepdim=True) / (2**tier.depth - 1)
+    scale = stored(scale.clamp(min=1e-7)) * power
+    return TrellisGrid(scale, W.new_zeros(len(W)), tier.trellis)
 
 
 def method(config: QuantConfig) -> Ablated:
-    return Ablated(row=os.environ.get(ROW, ALL))
+    row = os.environ.get(ROW, ALL)
+    return dataclasses.replace(Ablated(row=row), **METHODS.get(row, {}))
 
 
 def measure(row: str) -> dict[str, object]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pbq.allocate import LayerPlan, PlanInput, waterfill
 from pbq.config import QuantConfig
-from pbq.methods.waterfill import Waterfill, tiers
+from pbq.methods.waterfill import Waterfill
 
 POWER = float(os.environ.get("POWER", "1"))
 
@@ -29,7 +29,7 @@ class WholeModel(Waterfill):
     def plan(self, layers: Mapping[str, PlanInput], config: QuantConfig) -> dict[str, LayerPlan]:
         damage = {name: _damage(layer) for name, layer in layers.items()}
         rows = {name: layer.shape[0] for name, layer in layers.items()}
-        return waterfill(damage, rows, config.bits, tiers)
+        return waterfill(damage, rows, config.bits, self.tiers)
 
 
 def _damage(layer: PlanInput) -> Tensor:

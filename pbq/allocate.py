@@ -5,8 +5,9 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, UInt8
@@ -38,7 +39,8 @@ class LayerPlan:
     """The tiers of one layer and the tier of each of its columns, uint8 [k].
 
     overlay, overlay_bytes: how many entries are expected in it, and the bytes of their positions.
-    rank: of a product of two factors, of which the inner one has these tiers; see WeightLayout.
+    rank: of a product of two factors, of which the inner one has these tiers; see WeightLayout,
+    as for scale_bits.
     """
 
     tiers: tuple[Tier, ...]
@@ -47,6 +49,7 @@ class LayerPlan:
     overlay: int = 0
     overlay_bytes: int = 0
     rank: int = 0
+    scale_bits: int = 16
 
     def layout(self, n: int) -> WeightLayout:
         return WeightLayout(
@@ -57,6 +60,7 @@ class LayerPlan:
             self.overlay,
             self.overlay_bytes,
             self.rank,
+            self.scale_bits,
         )
 
 
@@ -181,6 +185,8 @@ def stored_bits(plans: Mapping[str, LayerPlan], rows: Mapping[str, int]) -> floa
 # Relative squared error of a Gaussian on its best 2**p equally spaced levels, p = 0 … 4 (Max 1960,
 # table II). More planes than that never pay below 3 bits.
 DISTORTION = (1.0, 0.3634, 0.1188, 0.03744, 0.01154)
+# The same with a trellis of memory 4 (pbq_kernels/trellis.py), measured on 900,000 numbers.
+TRELLIS_DISTORTION = (1.0, 0.3000, 0.0921, 0.0293, 0.0093)
 # What one bit more a weight divides the damage by: Max's table between one plane and three.
 FALL = math.sqrt(DISTORTION[1] / DISTORTION[3])
 # Least and most bits of a layer beside another, as shares of the promised ones.
@@ -193,6 +199,10 @@ _MIXES = [
 ]
 # A tier's columns come in eights, so that no row of it is padded.
 _STEP = 8
+
+
+# Tiers for so many columns at 0, 1, ... planes.
+TiersFor: TypeAlias = Callable[[list[int]], tuple[Tier, ...]]
 
 
 @dataclass(frozen=True)
@@ -213,13 +223,17 @@ class _Layer:
     order: Tensor
     rising: list[float]
     summed: list[float]
-    tiers_for: Callable[[list[int]], tuple[Tier, ...]]
+    tiers_for: TiersFor
+    kept: Sequence[float]
+    scale_bits: int
 
     @staticmethod
-    def of(damage: Tensor, n: int, tiers_for: Callable[[list[int]], tuple[Tier, ...]]) -> _Layer:
+    def of(
+        damage: Tensor, n: int, tiers_for: TiersFor, kept: Sequence[float], scale_bits: int
+    ) -> _Layer:
         rising, order = damage.double().cpu().sort(stable=True)
         summed = [0.0, *rising.cumsum(0).tolist()]
-        return _Layer(n, order, rising.tolist(), summed, tiers_for)
+        return _Layer(n, order, rising.tolist(), summed, tiers_for, kept, scale_bits)
 
     @property
     def k(self) -> int:
@@ -229,11 +243,11 @@ class _Layer:
         """Columns of each plane count of `mix`, lowest first, when a stored bit costs `price`.
 
         A column takes p planes rather than the next lower q where damage * (D[q] - D[p]) is more
-        than price * n * (p - q); D is convex, so a column's choice rises with its damage.
+        than price * n * (p - q); D, `kept`, is convex, so a column's choice rises with its damage.
         """
         ends = []
         for low, high in itertools.pairwise(mix):
-            saved = DISTORTION[low] - DISTORTION[high]
+            saved = self.kept[low] - self.kept[high]
             threshold = price * self.n * (high - low) / saved
             above = self.k - bisect.bisect_left(self.rising, threshold)
             ends.append(max(0, self.k - math.ceil(above / _STEP) * _STEP))
@@ -251,10 +265,11 @@ class _Layer:
         counts = self.counts(mix, price)
         ends = [0, *itertools.accumulate(counts)]
         left = sum(
-            DISTORTION[p] * (self.summed[end] - self.summed[start])
+            self.kept[p] * (self.summed[end] - self.summed[start])
             for p, start, end in zip(mix, ends, ends[1:], strict=False)
         )
-        layout = WeightLayout(self.n, self.k, self.tiers(mix, counts))
+        tiers = self.tiers(mix, counts)
+        layout = WeightLayout(self.n, self.k, tiers, scale_bits=self.scale_bits)
         return _Choice(left, layout.stored_bits, mix, counts)
 
     def best(self, price: float) -> _Choice:
@@ -292,24 +307,29 @@ class _Layer:
         tier_of[self.order] = torch.cat(
             [tier_of.new_full((count,), tier) for tier, count in enumerate(used)]
         )
-        return LayerPlan(self.tiers(choice.mix, choice.counts), tier_of)
+        tiers = self.tiers(choice.mix, choice.counts)
+        return LayerPlan(tiers, tier_of, scale_bits=self.scale_bits)
 
 
 def waterfill(
     damage: Mapping[str, Float[Tensor, " k"]],
     rows: Mapping[str, int],
     bits: float,
-    tiers_for: Callable[[list[int]], tuple[Tier, ...]],
+    tiers_for: TiersFor,
+    kept: Sequence[float] = DISTORTION,
+    scale_bits: int = 16,
 ) -> dict[str, LayerPlan]:
     """Planes per column by reverse water-filling over all layers under one budget of stored bits.
 
-    damage [k]: loss if a column were dropped; p planes leave DISTORTION[p] of it. Each layer takes
+    damage [k]: loss if a column were dropped; p planes leave kept[p] of it. Each layer takes
     the tiers and each column the planes with the least damage left + price * stored bits, the
     bytes of scales and masks included, and the price of a bit is searched until all just fit.
     tiers_for(counts): tiers for so many columns at 0, 1, … planes. Raises UsageError naming the
     least bits.
     """
-    layers = {name: _Layer.of(d, rows[name], tiers_for) for name, d in damage.items()}
+    layers = {
+        name: _Layer.of(d, rows[name], tiers_for, kept, scale_bits) for name, d in damage.items()
+    }
     budget = stored_budget(bits, sum(layer.n * layer.k for layer in layers.values()))
     prices = [layer.prices() for layer in layers.values()]
     # prices span as many decades as damages do, so the search halves their ratio, not their gap
@@ -330,13 +350,15 @@ def waterfill_each(
     damage: Mapping[str, Float[Tensor, " k"]],
     rows: Mapping[str, int],
     bits: float | Mapping[str, float],
-    tiers_for: Callable[[list[int]], tuple[Tier, ...]],
+    tiers_for: TiersFor,
+    kept: Sequence[float] = DISTORTION,
+    scale_bits: int = 16,
 ) -> dict[str, LayerPlan]:
     """`waterfill` with given bits for each layer; what one leaves over goes to the next."""
     plans: dict[str, LayerPlan] = {}
     left = 0.0
     for name, d in damage.items():
-        layer = _Layer.of(d, rows[name], tiers_for)
+        layer = _Layer.of(d, rows[name], tiers_for, kept, scale_bits)
         own = bits if isinstance(bits, int | float) else bits[name]
         left += stored_budget(own, layer.n * layer.k)
         choice = layer.within(left)

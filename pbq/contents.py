@@ -89,7 +89,7 @@ def describe_layer(out: Path | str, name: str) -> LayerContents:
         outer, packed = packed.factors()
         spread = _spread(outer.tensors["scale"])
         found.append({"tier": 0, "what": "scale of the outer factor", **spread})
-    scales = expand_scales(packed.layout, packed.tensors.get("scale"))
+    scales = expand_scales(packed.layout, packed.tensors)
     offsets = expand_offsets(packed.layout, packed.tensors.get("offset"))
     for t, tier in enumerate(packed.layout.tiers):
         # the planes of a tied tier are powers of two of its first

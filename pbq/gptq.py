@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from pbq.grid import Grid, Overlay, QuantizedWeight, TierGrid, signs, stored
+from pbq.grid import Grid, Overlay, QuantizedWeight, TierGrid, signs, stored, stored_scale
 from pbq.hessian import damp, inverse_cholesky
 from pbq_kernels.layout import Tier
 
@@ -205,6 +205,7 @@ def quantize_weight(
     joint: bool = False,
     salient: Bool[Tensor, "n k"] | None = None,
     column_scale: Float[Tensor, " k"] | None = None,
+    scale_bits: int = 16,
     name: str = "weight",
 ) -> tuple[QuantizedWeight, Float[Tensor, "n k"], float]:
     """One linear from weight and Hessian to codes: sweep, joint scales, `sweeps` of descent.
@@ -214,6 +215,7 @@ def quantize_weight(
     feedback=False rounds every column on its own, natural_order sorts no columns within a tier,
     joint is `reconstruct_jointly`. salient: entries for the overlay, on a scale taken from W.
     column_scale: what comes off the columns first, representable in float16 and above zero.
+    scale_bits: see WeightLayout; the sweep itself rounds on scales of float16.
     """
     if salient is not None and (joint or column_scale is not None):
         raise ValueError("an overlay goes with neither a column scale nor blocks rounded at once")
@@ -248,7 +250,10 @@ def quantize_weight(
         _collect(tiers, runs, grids, W),
         column_scale,
         overlay and overlay.columns(inverse),
+        scale_bits,
     )
+    for grid in qw.grids:
+        grid.scale = stored_scale(grid.scale, scale_bits)
     if sweeps:
         H_damped = damp(H, damping)
         refit_scales(W, H_damped, qw)
@@ -268,7 +273,7 @@ def _collect(
         stored_planes = min(tier.planes, 1) if tier.tied else tier.planes
         scale, offset = like.new_zeros(len(like), 0, stored_planes), like.new_zeros(len(like), 0)
         for grid in mine if tier.tied else []:
-            power = 2.0 ** torch.arange(tier.planes, device=like.device)
+            power = 2.0 ** torch.arange(tier.depth, device=like.device)
             if not torch.equal(grid.scale, grid.scale[:, :1] * power):
                 raise ValueError(f"tier {t} ties its planes, but the grid fitted to it does not")
         if mine:
@@ -298,10 +303,17 @@ def refit_scales(W: Float[Tensor, "n k"], H: Float[Tensor, "k k"], qw: Quantized
             A[:, i, j] = A[:, j, i] = (HB[:, other] * other_values).sum(1)
     ridge = 1e-5 * A.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-20)
     A_ridge = A + ridge[:, None, None] * torch.eye(S, device=W.device)
-    new = stored(torch.linalg.solve(A_ridge, y))
+    new = _stored(qw, torch.linalg.solve(A_ridge, y))
     old = _get(qw)
     better = _quadratic(A, y, new) < _quadratic(A, y, old)
-    _set(qw, torch.where(better[:, None], new, old))
+    # again, since scales of a byte share an exponent over the rows
+    _set(qw, _stored(qw, torch.where(better[:, None], new, old)))
+
+
+def _stored(qw: QuantizedWeight, theta: Tensor) -> Tensor:
+    """Every number of a row [n, S] as it will be stored, in `_basis` order."""
+    scales = sum(grid.scale[0].numel() for grid in qw.grids)
+    return torch.cat([stored_scale(theta[:, :scales], qw.scale_bits), stored(theta[:, scales:])], 1)
 
 
 def _quadratic(A: Tensor, y: Tensor, theta: Tensor) -> Tensor:
@@ -318,11 +330,11 @@ def _basis(qw: QuantizedWeight) -> list[tuple[Tensor, Tensor]]:
         columns, group_of = qw.columns(t), tier.group_of_column().to(qw.codes.device)
         for group in range(tier.groups):
             chosen = columns[group_of == group]
-            sigma = signs(tier.planes, qw.codes.device)[qw.codes[:, chosen].long()]  # [n, c, p]
+            sigma = signs(tier.depth, qw.codes.device)[qw.codes[:, chosen].long()]  # [n, c, p]
             if qw.column_scale is not None:
                 sigma = sigma * qw.column_scale[chosen, None]
             if tier.tied and tier.planes:
-                power = 2.0 ** torch.arange(tier.planes, device=sigma.device)
+                power = 2.0 ** torch.arange(tier.depth, device=sigma.device)
                 sigma = (sigma * power).sum(-1, keepdim=True)
             out += [(chosen, sigma[..., s]) for s in range(sigma.shape[-1])]
     for t, tier in enumerate(qw.tiers):

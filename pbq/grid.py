@@ -11,11 +11,18 @@ from jaxtyping import Bool, Float, Int8, UInt8
 from torch import Tensor
 
 from pbq_kernels.layout import Tier, WeightLayout, encode_overlay
+from pbq_kernels.scales import byte_scales
+from pbq_kernels.trellis import nearest_path
 
 
 def stored(x: Tensor) -> Tensor:
     """Round to the float16 that the file will hold, so that error feedback sees what is stored."""
     return x.clamp(-65504, 65504).half().float()
+
+
+def stored_scale(scale: Tensor, bits: int) -> Tensor:
+    """Scales [n, ...] of all rows rounded to the 16 or 8 bits that the file will hold them in."""
+    return stored(scale) if bits == 16 else byte_scales(scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +69,20 @@ class Grid:
         return self.levels().gather(1, codes.long())
 
 
+@dataclass(frozen=True, eq=False)
+class TrellisGrid(Grid):
+    """Equally spaced levels of which a column may only take a path: pbq_kernels/trellis.py."""
+
+    memory: int
+
+    def nearest(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """(code uint8, level) of the path nearest to every column of w [n, c]."""
+        scale, planes = self.scale[:, 0], self.scale.shape[1]
+        codes = nearest_path((w - self.offset[:, None]).T, scale, planes, self.memory).T
+        position = 2 * codes.float() - (2**planes - 1)
+        return codes, position * scale[:, None] + self.offset[:, None]
+
+
 def signs(planes: int, device: torch.device | str = "cpu") -> Float[Tensor, "l p"]:
     """+1 or -1 of every plane for every code, [2**planes, planes]; bit p of the code is plane p."""
     code = torch.arange(2**planes, device=device)
@@ -85,9 +106,9 @@ class TierGrid:
         """The grid of one group, ties multiplied out."""
         scale = self.scale[:, group]
         if tier.tied:
-            scale = scale * 2.0 ** torch.arange(tier.planes, device=scale.device)
+            scale = scale * 2.0 ** torch.arange(tier.depth, device=scale.device)
         offset = scale.new_zeros(len(scale)) if self.offset is None else self.offset[:, group]
-        return Grid(scale, offset)
+        return TrellisGrid(scale, offset, tier.trellis) if tier.trellis else Grid(scale, offset)
 
 
 @dataclass(eq=False)
@@ -130,7 +151,7 @@ class QuantizedWeight:
 
     tiers: as in the layout. tier_of uint8 [k]. codes uint8 [n, k]. grids: one per tier.
     column_scale: float32 [k], representable in float16, or None. overlay: entries that are not on
-    the grids; their codes mean nothing.
+    the grids; their codes mean nothing. scale_bits: 16 or 8, of the stored scales.
     """
 
     tiers: tuple[Tier, ...]
@@ -139,6 +160,7 @@ class QuantizedWeight:
     grids: list[TierGrid]
     column_scale: Float[Tensor, " k"] | None = None
     overlay: Overlay | None = None
+    scale_bits: int = 16
 
     def layout(self) -> WeightLayout:
         n, k = self.codes.shape
@@ -146,7 +168,8 @@ class QuantizedWeight:
         if self.overlay is not None:
             count, stream = encode_overlay(self.overlay.mask)
             entries, gap = int(count.sum()), len(stream)
-        return WeightLayout(n, k, self.tiers, self.column_scale is not None, entries, gap)
+        scaled = self.column_scale is not None
+        return WeightLayout(n, k, self.tiers, scaled, entries, gap, scale_bits=self.scale_bits)
 
     def columns(self, tier: int) -> Tensor:
         """int64: the original columns of a tier, in storage order."""
@@ -269,6 +292,32 @@ def fit_symmetric(W: Float[Tensor, "n c"], weight: Float[Tensor, " c"], planes: 
         e = weighted_error(W, share, candidate)
         best, least = choose(e < least, candidate, best), torch.minimum(e, least)
     return best
+
+
+# Best half step of a Gaussian's levels of 2 to 5 planes on a trellis, in standard deviations.
+_TRELLIS_STEPS = {2: 0.4, 3: 0.255, 4: 0.149, 5: 0.09}
+
+
+def fit_trellis(
+    W: Float[Tensor, "n c"], weight: Float[Tensor, " c"], tier: Tier, iterations: int = 3
+) -> Grid:
+    """`fit_symmetric` for a tier with a trellis: a Gaussian's scale, then least squares by turns.
+
+    Paths couple the rows of a column, so the scales of all rows are found together.
+    """
+    share = weight / weight.sum()
+    power = 2.0 ** torch.arange(tier.depth, device=W.device)
+    zero = W.new_zeros(len(W))
+
+    def grid(scale: Tensor) -> TrellisGrid:
+        return TrellisGrid(stored(scale.clamp(min=1e-7))[:, None] * power, zero, tier.trellis)
+
+    found = grid((W.pow(2) @ share).sqrt() * _TRELLIS_STEPS[tier.depth])
+    for _ in range(iterations):
+        position = 2 * found.codes(W).float() - (2**tier.depth - 1)
+        scale = ((position * W) @ share) / (position.pow(2) @ share)
+        found = grid(scale)
+    return found
 
 
 def _uniform(low: Tensor, high: Tensor, planes: int) -> Grid:

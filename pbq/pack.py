@@ -14,8 +14,11 @@ from pbq_kernels.layout import (
     encode_overlay,
     overlay_positions,
     pack_codes,
-    unpack_codes,
+    stored_scales,
+    tier_codes,
 )
+from pbq_kernels.scales import decoded_scales, encoded_scales
+from pbq_kernels.trellis import stored_codes
 
 
 def pack(qw: Quantized) -> PackedWeight:
@@ -33,7 +36,9 @@ def pack(qw: Quantized) -> PackedWeight:
     # an empty tier stores nothing, though it may be of a kind that has scales and offsets
     scales = [grid.scale.flatten(1) for grid in qw.grids if grid.scale.numel()]
     offsets = [g.offset for g in qw.grids if g.offset is not None and g.offset.numel()]
-    if scales:
+    if scales and layout.scale_bits == 8:
+        tensors["scale"], tensors["scale_exponent"] = _bytes(torch.cat(scales, 1))
+    elif scales:
         tensors["scale"] = _half(torch.cat(scales, 1))
     if offsets:
         tensors["offset"] = _half(torch.cat(offsets, 1))
@@ -50,9 +55,9 @@ def pack(qw: Quantized) -> PackedWeight:
 
 
 def _packed_codes(codes: Tensor, tier: Tier) -> Tensor:
-    if codes.numel() and int(codes.max()) >= 2**tier.planes:
-        raise ValueError(f"code {int(codes.max())} does not fit in {tier.planes} planes")
-    return pack_codes(codes, tier.planes)
+    if codes.numel() and int(codes.max()) >= 2**tier.depth:
+        raise ValueError(f"code {int(codes.max())} does not fit in {tier.depth} planes")
+    return pack_codes(stored_codes(codes, tier.trellis) if tier.trellis else codes, tier.planes)
 
 
 def _half(x: Tensor) -> Tensor:
@@ -60,6 +65,13 @@ def _half(x: Tensor) -> Tensor:
     if not torch.equal(half.float(), x.float()):
         raise ValueError("scales must be finite and rounded to float16 before packing")
     return half.contiguous()
+
+
+def _bytes(x: Tensor) -> tuple[Tensor, Tensor]:
+    codes, exponent = encoded_scales(x)
+    if not torch.equal(decoded_scales(codes, exponent), x):
+        raise ValueError("scales must be rounded to the byte they are stored in before packing")
+    return codes, exponent
 
 
 def unpack(pw: PackedWeight) -> Quantized:
@@ -77,16 +89,16 @@ def _unpack(pw: PackedWeight) -> QuantizedWeight:
     tier_of = tensors.get("tier", torch.zeros(k, dtype=torch.uint8, device=device))
     codes = torch.zeros(n, k, dtype=torch.uint8, device=device)
     grids: list[TierGrid] = []
-    byte = scale = offset = 0
-    for t, tier in enumerate(layout.tiers):
-        columns = (tier_of == t).nonzero(as_tuple=True)[0]
-        data = tensors["weight"][:, byte : byte + tier.row_bytes]
-        codes[:, columns] = unpack_codes(data, tier.planes, tier.columns)
-        byte += tier.row_bytes
+    scales = stored_scales(tensors) if "scale" in tensors else torch.zeros(n, 0)
+    scale = offset = 0
+    for t, (tier, found) in enumerate(
+        zip(layout.tiers, tier_codes(layout, tensors["weight"]), strict=True)
+    ):
+        codes[:, (tier_of == t).nonzero(as_tuple=True)[0]] = found
         stored_planes = min(tier.planes, 1) if tier.tied else tier.planes
         stored_scale = torch.zeros(n, tier.groups, stored_planes, device=device)
         if tier.scales:
-            part = tensors["scale"][:, scale : scale + tier.scales].float()
+            part = scales[:, scale : scale + tier.scales]
             stored_scale = part.reshape(stored_scale.shape)
         stored_offset = None
         if tier.offset:
@@ -99,7 +111,9 @@ def _unpack(pw: PackedWeight) -> QuantizedWeight:
         grids.append(TierGrid(stored_scale, stored_offset))
     column_scale = tensors["column_scale"].float() if layout.column_scale else None
     overlay = _unpacked_overlay(pw) if layout.overlay else None
-    return QuantizedWeight(layout.tiers, tier_of, codes, grids, column_scale, overlay)
+    return QuantizedWeight(
+        layout.tiers, tier_of, codes, grids, column_scale, overlay, layout.scale_bits
+    )
 
 
 def _unpacked_overlay(pw: PackedWeight) -> Overlay:

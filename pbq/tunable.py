@@ -13,8 +13,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pbq.grid import Factors, Grid, Quantized, QuantizedWeight, TierGrid, stored
+from pbq.grid import Factors, Grid, Quantized, QuantizedWeight, TierGrid, stored, stored_scale
 from pbq.hessian import least_squares
+from pbq_kernels.trellis import nearest_path
 
 # Of the regressions that latent factors start from: a rank above n or k needs some.
 LATENT_DAMPING = 0.01
@@ -65,6 +66,7 @@ class TunableWeight(nn.Module):
         super().__init__()
         self.dtype, self.analytic = dtype, rates.analytic
         self.tiers, self.tier_of = qw.tiers, qw.tier_of
+        self._scale_bits = qw.scale_bits
         self._trained = [rates.only_planes in (None, tier.planes) for tier in qw.tiers]
         order = torch.argsort(qw.tier_of, stable=True)
         self._order, self._inverse = order, torch.argsort(order)
@@ -103,8 +105,15 @@ class TunableWeight(nn.Module):
         """The latent weights, or the level itself where they would not round to the stored code."""
         with torch.no_grad():
             # a column scale of zero leaves no latent weight to start from
-            same = (self._nearest(t, latent) == self._codes[t]) & latent.isfinite()
-            return torch.where(same, latent, self.values(t, self._codes[t], *self._numbers(t)))
+            level = self.values(t, self._codes[t], *self._numbers(t))
+            latent = torch.where(latent.isfinite(), latent, level)
+            # on a trellis an entry that moves may change the path of those around it
+            while not (same := self._nearest(t, latent) == self._codes[t]).all():
+                moved = torch.where(same, latent, level)
+                if torch.equal(moved, latent):
+                    break  # levels that coincide
+                latent = moved
+            return latent
 
     def _numbers(self, t: int) -> tuple[Tensor, Tensor | None]:
         """Current scale [G, S, n] and offset [G, n] of a tier."""
@@ -150,11 +159,13 @@ class TunableWeight(nn.Module):
 
     def position(self, t: int, codes: Tensor) -> Tensor:
         """Of equally spaced levels, in half steps from the middle: odd numbers, float32 [c, n]."""
-        return codes.float().mul_(2).sub_(2 ** self.tiers[t].planes - 1)
+        return codes.float().mul_(2).sub_(2 ** self.tiers[t].depth - 1)
 
     @torch.no_grad()
     def _nearest(self, t: int, latent: Tensor) -> Tensor:
         """Nearest codes uint8 [c, n] of latent weights [c, n] on the current levels."""
+        if self.tiers[t].trellis:
+            return self._nearest_path(t, latent)
         if self.even(t):
             return self._nearest_even(t, latent)
         codes = torch.zeros(latent.shape, dtype=torch.uint8, device=latent.device)
@@ -176,6 +187,16 @@ class TunableWeight(nn.Module):
         steps = 2 ** self.tiers[t].planes - 1
         x = latent / step if offset is None else (latent - self.per_column(t, offset)) / step
         return x.add_(steps / 2).round_().clamp_(0, steps).to(torch.uint8)
+
+    def _nearest_path(self, t: int, latent: Tensor) -> Tensor:
+        scale, offset = self._numbers(t)
+        tier, codes = self.tiers[t], torch.empty(latent.shape, dtype=torch.uint8)
+        codes = codes.to(latent.device)
+        x = latent if offset is None else latent - self.per_column(t, offset)
+        for g in range(tier.groups):
+            rows = slice(None) if tier.groups == 1 else self._group_of[t] == g
+            codes[rows] = nearest_path(x[rows], scale[g, 0], tier.depth, tier.trellis)
+        return codes
 
     def _grid(self, t: int, g: int) -> Grid:
         scale, offset = self._numbers(t)
@@ -212,7 +233,8 @@ class TunableWeight(nn.Module):
         for t in range(len(self.tiers)):
             scale, offset = self._numbers(t)
             shape = scale.permute(2, 0, 1)
-            grids.append(TierGrid(stored(shape), None if offset is None else stored(offset.T)))
+            scale = stored_scale(shape, self._scale_bits)
+            grids.append(TierGrid(scale, None if offset is None else stored(offset.T)))
             codes.append(self._nearest(t, self.latent[t]) if len(self.latent) else self._codes[t])
         column = None
         if self._column0 is not None and self.column is not None:
@@ -231,7 +253,9 @@ class TunableWeight(nn.Module):
         self, codes: Sequence[Tensor], grids: list[TierGrid], column: Tensor | None
     ) -> QuantizedWeight:
         codes_nk = torch.cat(list(codes))[self._inverse].T.contiguous()
-        return QuantizedWeight(self.tiers, self.tier_of, codes_nk, grids, column, self._overlay)
+        return QuantizedWeight(
+            self.tiers, self.tier_of, codes_nk, grids, column, self._overlay, self._scale_bits
+        )
 
     def groups(self, tuning: Rates) -> list[tuple[list[nn.Parameter], float]]:
         """(parameters, learning rate). A latent moves in units of its tier's mean scale."""

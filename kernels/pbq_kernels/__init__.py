@@ -19,6 +19,7 @@ from pbq_kernels.layout import (
     PackedWeight,
     Tier,
     WeightLayout,
+    stored_planes,
 )
 from pbq_kernels.triton_backend import TritonBackend
 
@@ -104,6 +105,35 @@ class InARow:
         return self.outer.matmul(self.inner.matmul(x, inner), outer)
 
 
+class Expanded:
+    """A weight that kernels do not take as it is: they get its plain form, which is larger."""
+
+    def __init__(self, backend: Backend, layout: WeightLayout) -> None:
+        self.backend, self.layout, self.name = backend, layout, backend.name
+
+    def why_not(self, layout: WeightLayout, device: torch.device) -> str | None:
+        return self.backend.why_not(layout.plain(), device)
+
+    def prepare(self, pw: PackedWeight) -> Any:
+        return self.backend.prepare(pw.plain())
+
+    def planes(self, prepared: Any) -> dict[str, Callable[[Tensor], Tensor]]:
+        of_plain = planes(self.backend, prepared)
+        rows = {name: of_plain[name] for name in ("weight",) if name in of_plain}
+        return {name: self._stored(rows[name]) for name in rows}
+
+    def _stored(self, plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def rows(chosen: Tensor) -> Tensor:
+            # a path can only be told from all of its rows
+            every = plain(torch.arange(self.layout.n, device=chosen.device))
+            return stored_planes(self.layout, every)[chosen]
+
+        return rows if self.layout.has_trellis else plain
+
+    def matmul(self, x: Tensor, prepared: Any) -> Tensor:
+        return self.backend.matmul(x, prepared)
+
+
 def planes(backend: Backend, prepared: Any) -> dict[str, Callable[[Tensor], Tensor]]:
     """What `PlaneBackend.planes` says; nothing for a backend that has the planes no more."""
     return backend.planes(prepared) if isinstance(backend, PlaneBackend) else {}
@@ -124,6 +154,8 @@ def select(layout: WeightLayout, device: torch.device, name: str = "auto") -> Ba
     if layout.rank:
         outer, inner = layout.factors()
         return InARow(select(outer, device, name), select(inner, device, name))
+    if not layout.is_plain and name != "reference":
+        return Expanded(select(layout.plain(), device, name), layout)
     if name != "auto":
         if name not in BACKENDS:
             raise ValueError(f"unknown kernel backend {name!r}; there are {', '.join(BACKENDS)}")

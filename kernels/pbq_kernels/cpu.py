@@ -100,7 +100,7 @@ def load_library(path: Path) -> ctypes.CDLL:
         raise LibraryError(f"the compiled CPU kernels do not load: {error}; {BUILD}") from error
     _declare(library)
     if library.pbq_source_hash().decode() != cpu_build.source_hash():
-        raise LibraryError(f"{path.name} was built from another cpu.c; {BUILD}")
+        raise LibraryError(f"{path.name} was built from other sources; {BUILD}")
     return library
 
 
@@ -126,10 +126,13 @@ def _declare(library: ctypes.CDLL) -> None:
     library.pbq_matmul.argtypes = [
         *(pointer, integer, pointer, integer, wide, pointer, integer, integer)
     ]
+    library.pbq_trellis.argtypes = [
+        *(pointer, pointer, wide, wide, integer, integer, integer, integer, pointer, integer)
+    ]
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | LibraryError:
+def compiled() -> ctypes.CDLL | LibraryError:
     """The library, or why there is none; the latter is said once."""
     try:
         return load_library(LIBRARY)
@@ -373,7 +376,7 @@ class CpuBackend:
             return "it multiplies with one factor at a time"
         if self._mode == _MODES["int8"] and layout.k > _MOST_INT8_COLUMNS:
             return f"its int8 sums could overflow above {_MOST_INT8_COLUMNS} columns"
-        library = _library()
+        library = compiled()
         if isinstance(library, LibraryError):
             return str(library)
         if self._variant and self._variant not in variants(library):
@@ -382,7 +385,7 @@ class CpuBackend:
 
     def prepare(self, pw: PackedWeight) -> CpuWeight:
         reason = self.why_not(pw.layout, pw.tensors["weight"].device)
-        library = _library()
+        library = compiled()
         if reason or isinstance(library, LibraryError):
             raise ValueError(f"kernel backend {self.name!r} cannot be used here: {reason}")
         variant = variants(library).index(self._variant) if self._variant else 0

@@ -2,11 +2,12 @@
 
     W_hat[:, tier] = offset[n, g] + sum_p scale[n, g, p] * sigma_p[n, columns of the tier]
 
-with sigma in {-1, +1} stored as one bit each (1 is +1). Columns are permuted so that a tier is
-contiguous; `tier[k]` names the tier of each original column and the permutation is its stable sort.
-An optional `column_scale[k]` multiplies the original columns, and an optional overlay replaces
-single entries. A weight may also be the product of two such matrices. This module is the contract
-between the quantizer and every kernel: tensors only.
+with sigma in {-1, +1} stored as one bit each (1 is +1); a tier with a trellis has one sigma more
+than stored bits (trellis.py). Columns are permuted so that a tier is contiguous; `tier[k]` names
+the tier of each original column and the permutation is its stable sort. An optional
+`column_scale[k]` multiplies the original columns, and an optional overlay replaces single entries.
+A weight may also be the product of two such matrices. This module is the contract between the
+quantizer and every kernel: tensors only.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from pbq_kernels.scales import decoded_scales
+from pbq_kernels.trellis import POLYNOMIALS, level_codes, stored_codes
 
 FORMAT_VERSION = 1
 MAX_PLANES = 8
@@ -54,6 +58,7 @@ class Tier:
     tied: the scale of plane p is `scale * 2**p`; one number is stored instead of `planes`.
     offset: a stored offset is added (asymmetric grids).
     group_size: columns per group of scales, counted in storage order; -1 is the whole row.
+    trellis: memory of the trellis that makes one plane more of the stored ones; 0 is none.
     """
 
     planes: int
@@ -61,6 +66,12 @@ class Tier:
     tied: bool = False
     offset: bool = False
     group_size: int = -1
+    trellis: int = 0
+
+    @property
+    def depth(self) -> int:
+        """Planes of its levels: those stored, and the one that a trellis adds."""
+        return self.planes + bool(self.trellis)
 
     @property
     def groups(self) -> int:
@@ -98,6 +109,7 @@ class WeightLayout:
     overlay: number of overlay entries; overlay_bytes: length of their gap stream.
     rank: if not 0, W_hat is a product: an outer factor [n, rank] of one plane with a scale a row
     times an inner one [rank, k], which is what tiers and column_scale describe.
+    scale_bits: 16, or 8 for the scales of scales.py.
     """
 
     n: int
@@ -107,8 +119,11 @@ class WeightLayout:
     overlay: int = 0
     overlay_bytes: int = 0
     rank: int = 0
+    scale_bits: int = 16
 
     def __post_init__(self) -> None:
+        if self.scale_bits not in (8, 16):
+            raise PackedFormatError(f"layout: scales of {self.scale_bits} bits; 8 or 16")
         if not (0 < self.n <= MAX_FEATURES and 0 < self.k <= MAX_FEATURES):
             raise PackedFormatError(f"layout: impossible shape n={self.n}, k={self.k}")
         if not 0 < len(self.tiers) <= MAX_TIERS:
@@ -124,6 +139,8 @@ class WeightLayout:
                 raise PackedFormatError(f"layout: tier {i} has {tier.columns} columns")
             if tier.group_size != -1 and not 1 <= tier.group_size <= MAX_FEATURES:
                 raise PackedFormatError(f"layout: tier {i} has group_size {tier.group_size}")
+            if tier.trellis:
+                self._check_trellis(i, tier)
         if sum(tier.columns for tier in self.tiers) != self.k:
             raise PackedFormatError(
                 f"layout: tiers hold {sum(t.columns for t in self.tiers)} columns, "
@@ -140,9 +157,34 @@ class WeightLayout:
         if not (self.overlay + 1) // 2 <= self.overlay_bytes <= (most if self.overlay else 0):
             raise PackedFormatError(f"layout: overlay_gap of {self.overlay_bytes} bytes")
 
+    @staticmethod
+    def _check_trellis(i: int, tier: Tier) -> None:
+        if tier.trellis not in POLYNOMIALS:
+            raise PackedFormatError(f"layout: tier {i} has a trellis of memory {tier.trellis}")
+        if not (tier.tied and 0 < tier.planes < MAX_PLANES):
+            raise PackedFormatError(
+                f"layout: tier {i} has a trellis, which takes 1 to {MAX_PLANES - 1} tied planes"
+            )
+
     @property
     def row_bytes(self) -> int:
         return sum(tier.row_bytes for tier in self.tiers)
+
+    @property
+    def has_trellis(self) -> bool:
+        return any(tier.trellis for tier in self.tiers)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether kernels take it as it is."""
+        return self.scale_bits == 16 and not self.has_trellis
+
+    def plain(self) -> WeightLayout:
+        """The layout of the same weight as kernels take it: what a trellis makes is stored as well,
+        scales are float16.
+        """
+        tiers = (dataclasses.replace(t, planes=t.depth, trellis=0) for t in self.tiers)
+        return dataclasses.replace(self, tiers=tuple(tiers), scale_bits=16)
 
     def factors(self) -> tuple[WeightLayout, WeightLayout]:
         """Of a layout with a rank: those of the outer factor [n, rank] and the inner [rank, k]."""
@@ -159,7 +201,10 @@ class WeightLayout:
         # `weight` is always stored, even with no bytes in a row: its name makes a load without
         # pbq fail instead of leaving random weights.
         specs = {"weight": TensorSpec((self.n, self.row_bytes), torch.uint8)}
-        if scales:
+        if scales and self.scale_bits == 8:
+            specs["scale"] = TensorSpec((self.n, scales), torch.uint8)
+            specs["scale_exponent"] = TensorSpec((scales,), torch.int8)
+        elif scales:
             specs["scale"] = TensorSpec((self.n, scales), torch.float16)
         if offsets:
             specs["offset"] = TensorSpec((self.n, offsets), torch.float16)
@@ -185,8 +230,9 @@ class WeightLayout:
 
     def check_rows(self) -> None:
         """Raise PackedFormatError unless a row can be read by itself, as an embedding's must be."""
-        if self.rank or self.overlay:
+        if self.rank or self.overlay or self.has_trellis:
             what = "a product of two factors" if self.rank else "an overlay"
+            what = "a tier with a trellis" if self.has_trellis else what
             raise PackedFormatError(f"layout: the rows of {what} do not stand by themselves")
 
     def to_dict(self) -> dict[str, Any]:
@@ -200,6 +246,7 @@ class WeightLayout:
                 for name in ("column_scale", "overlay", "overlay_bytes", "rank")
                 if getattr(self, name)
             },
+            **({"scale_bits": self.scale_bits} if self.scale_bits != 16 else {}),
         }
 
     @classmethod
@@ -240,9 +287,10 @@ class PackedWeight:
     """One weight [n, k] as it lies on the disk: a layout and exactly the tensors it calls for.
 
     weight uint8 [n, row_bytes]; scale float16 [n, tier.scales summed], per tier [groups, planes]
-    row-major; offset float16 [n, tier.offsets summed]; tier uint8 [k]; column_scale float16 [k];
-    overlay_count int32 [n], overlay_gap uint8, overlay_value int8, overlay_scale float16 [n].
-    Of a product these are the tensors of the outer factor, and `inner_` before those of the inner.
+    row-major, or uint8 with scale_exponent int8 [tier.scales summed]; offset float16 [n,
+    tier.offsets summed]; tier uint8 [k]; column_scale float16 [k]; overlay_count int32 [n],
+    overlay_gap uint8, overlay_value int8, overlay_scale float16 [n]. Of a product these are the
+    tensors of the outer factor, and `inner_` before those of the inner.
     """
 
     layout: WeightLayout
@@ -271,6 +319,19 @@ class PackedWeight:
 
     def to(self, device: torch.device | str) -> PackedWeight:
         return PackedWeight(self.layout, {n: t.to(device) for n, t in self.tensors.items()})
+
+    def plain(self) -> PackedWeight:
+        """The same weight in the form of `layout.plain()`, for a kernel."""
+        if self.layout.is_plain:
+            return self
+        tensors, layout = dict(self.tensors), self.layout
+        if layout.has_trellis:
+            pairs = zip(layout.tiers, tier_codes(layout, tensors["weight"]), strict=True)
+            rows = [pack_codes(codes, tier.depth) for tier, codes in pairs]
+            tensors["weight"] = torch.cat(rows, 1).contiguous()
+        if tensors.pop("scale_exponent", None) is not None:
+            tensors["scale"] = stored_scales(self.tensors).half()
+        return PackedWeight(layout.plain(), tensors)
 
 
 def permutation(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -384,6 +445,30 @@ def unpack_codes(data: Tensor, planes: int, columns: int) -> Tensor:
     return (bits << shifts[:, None]).sum(1, dtype=torch.uint8)
 
 
+def tier_codes(layout: WeightLayout, weight: Tensor) -> list[Tensor]:
+    """Codes of the levels uint8 [n, tier.columns] of each tier, from the stored `weight`.
+
+    Of some rows only, as many as `weight` has, where these stand by themselves.
+    """
+    found, start = [], 0
+    for tier in layout.tiers:
+        data = weight[:, start : start + tier.row_bytes]
+        start += tier.row_bytes
+        codes = unpack_codes(data, tier.planes, tier.columns)
+        found.append(level_codes(codes, tier.trellis) if tier.trellis else codes)
+    return found
+
+
+def stored_planes(layout: WeightLayout, plain: Tensor) -> Tensor:
+    """The "weight" of `layout` from all rows of that of `layout.plain()`."""
+    pairs = zip(layout.tiers, tier_codes(layout.plain(), plain), strict=True)
+    rows = [
+        pack_codes(stored_codes(codes, tier.trellis) if tier.trellis else codes, tier.planes)
+        for tier, codes in pairs
+    ]
+    return torch.cat(rows, 1).contiguous()
+
+
 # --- overlay ---------------------------------------------------------------------------------
 
 _SKIP = 15  # a nibble of 15 moves on by 15 columns and holds no entry
@@ -429,21 +514,30 @@ def overlay_positions(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> tu
     return rows, columns
 
 
-def expand_scales(layout: WeightLayout, scale: Tensor | None) -> list[Tensor]:
-    """Split stored `scale` [n, S] into one float32 [n, groups, planes] per tier, ties resolved.
+def stored_scales(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The stored scales, float32 [n, S]: all of a weight that has some, or some of its rows."""
+    scale = tensors["scale"]
+    if "scale_exponent" in tensors:
+        return decoded_scales(scale, tensors["scale_exponent"])
+    return scale.float()
 
-    Of some rows only, as many as `scale` has.
+
+def expand_scales(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """Split the stored scales [n, S] into one float32 [n, groups, planes] per tier, ties resolved.
+
+    Of some rows only, as many as "weight" has.
     """
+    weight = tensors["weight"]
+    scale = stored_scales(tensors) if "scale" in tensors else None
     out, start = [], 0
     for tier in layout.tiers:
         if not tier.scales or scale is None:
-            n, device = (layout.n, None) if scale is None else (len(scale), scale.device)
-            out.append(torch.zeros(n, tier.groups, tier.planes, device=device))
+            out.append(torch.zeros(len(weight), tier.groups, tier.depth, device=weight.device))
             continue
-        part = scale[:, start : start + tier.scales].float().unflatten(1, (tier.groups, -1))
+        part = scale[:, start : start + tier.scales].unflatten(1, (tier.groups, -1))
         start += tier.scales
         if tier.tied:
-            part = part * (2.0 ** torch.arange(tier.planes, device=part.device))
+            part = part * (2.0 ** torch.arange(tier.depth, device=part.device))
         out.append(part)
     return out
 

@@ -14,7 +14,7 @@ from pbq_kernels.layout import (
     expand_scales,
     overlay_positions,
     permutation,
-    unpack_codes,
+    tier_codes,
 )
 
 # The stored tensors that have a row for each row of the weight.
@@ -39,19 +39,17 @@ def dense_rows(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> Tensor:
 
     Of some rows only these are W_hat where they stand by themselves (`WeightLayout.check_rows`).
     """
-    scales = expand_scales(layout, tensors.get("scale"))
+    scales = expand_scales(layout, tensors)
     offsets = expand_offsets(layout, tensors.get("offset"))
     device, n = tensors["weight"].device, len(tensors["weight"])
-    parts, start = [], 0
-    for tier, scale, offset in zip(layout.tiers, scales, offsets, strict=True):
-        data = tensors["weight"][:, start : start + tier.row_bytes]
-        start += tier.row_bytes
-        codes = unpack_codes(data, tier.planes, tier.columns)
+    parts = []
+    found = tier_codes(layout, tensors["weight"])
+    for tier, codes, scale, offset in zip(layout.tiers, found, scales, offsets, strict=True):
         group = tier.group_of_column(device)
         part = torch.zeros(n, tier.columns, device=device)
         if offset is not None:
             part += offset[:, group]
-        for p in range(tier.planes):
+        for p in range(tier.depth):
             sign = ((codes >> p) & 1).float() * 2 - 1
             part += scale[:, :, p][:, group] * sign
         parts.append(part)

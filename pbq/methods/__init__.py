@@ -118,6 +118,7 @@ def rebuild(
         sweeps=recipe.sweeps,
         feedback=recipe.feedback,
         natural_order=recipe.natural_order,
+        scale_bits=plan.scale_bits,
         name=name,
     )
     if plan.column_scale and qw.column_scale is None:

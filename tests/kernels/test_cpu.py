@@ -67,18 +67,18 @@ def use(library_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
     def find_at(path: Path) -> None:
         monkeypatch.setattr(cpu, "LIBRARY", path)
-        cpu._library.cache_clear()
+        cpu.compiled.cache_clear()
 
     find_at(library_path)
     threads = torch.get_num_threads()
     yield find_at
     torch.set_num_threads(threads)
-    cpu._library.cache_clear()
+    cpu.compiled.cache_clear()
 
 
 @pytest.fixture
 def library() -> ctypes.CDLL:
-    found = cpu._library()
+    found = cpu.compiled()
     assert isinstance(found, ctypes.CDLL)
     return found
 
@@ -454,8 +454,8 @@ def test_a_library_of_another_source(
 ) -> None:
     edited = tmp_path / "cpu.c"
     edited.write_bytes(cpu_build.SOURCE.read_bytes() + b"\n")
-    monkeypatch.setattr(cpu_build, "SOURCE", edited)
-    with pytest.raises(LibraryError, match=r"built from another cpu\.c"):
+    monkeypatch.setattr(cpu_build, "SOURCES", {edited: ()})
+    with pytest.raises(LibraryError, match="built from other sources"):
         load_library(library_path)
 
 
@@ -492,15 +492,16 @@ def test_loading_brings_no_second_openmp_runtime(library_path: Path, tmp_path: P
     assert runtimes() == before and before
 
 
-def test_sanitizers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name, least", [("cpu", 210), ("trellis", 60)])
+def test_sanitizers(tmp_path: Path, name: str, least: int) -> None:
     """The kernels over exactly sized buffers, built with -fsanitize=address,undefined."""
     try:
         compiler = cpu_build.compiler()
     except cpu_build.BuildError as error:
         pytest.skip(str(error))
     flags = "-g -O1 -std=gnu11 -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all"
-    program = tmp_path / "cpu_sanitize"
-    source = Path(__file__).with_name("cpu_sanitize.c")
+    program = tmp_path / f"{name}_sanitize"
+    source = Path(__file__).with_name(f"{name}_sanitize.c")
     folder = f"-I{cpu_build.SOURCE.parent}"
     built = subprocess.run(
         [*compiler, *flags.split(), folder, str(source), "-o", str(program), "-lm"],
@@ -513,7 +514,7 @@ def test_sanitizers(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run([str(program)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert int(done.stdout.split()[0]) >= 210  # of each variant
+    assert int(done.stdout.split()[0]) >= least  # of each variant
 
 
 def test_neon_under_emulation(tmp_path: Path) -> None:

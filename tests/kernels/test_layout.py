@@ -247,7 +247,10 @@ def test_group_of_column_counts_in_storage_order() -> None:
 
 def test_scales_of_a_tier_without_any_are_where_the_others_are() -> None:
     layout = WeightLayout(3, 5, (Tier(2, 0), Tier(0, 2), Tier(1, 3)))
-    scales = expand_scales(layout, torch.zeros(3, 1, dtype=torch.float16, device="meta"))
+    tensors = {
+        n: torch.zeros(s.shape, dtype=s.dtype, device="meta") for n, s in layout.tensors().items()
+    }
+    scales = expand_scales(layout, tensors)
     assert [s.device.type for s in scales] == ["meta", "meta", "meta"]
     assert [tuple(s.shape) for s in scales] == [(3, 0, 2), (3, 1, 0), (3, 1, 1)]
 

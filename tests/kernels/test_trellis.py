@@ -1,0 +1,221 @@
+"""Trellis-coded tiers: the code, the search against brute force and torch, what kernels get."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pbq_kernels import dequant_matmul, trellis
+from pbq_kernels.layout import (
+    PackedFormatError,
+    PackedWeight,
+    Tier,
+    WeightLayout,
+    padding_is_zero,
+    stored_planes,
+)
+from pbq_kernels.reference import dequantize
+from pbq_kernels.trellis import (
+    POLYNOMIALS,
+    level_codes,
+    nearest_path,
+    nearest_path_naive,
+    stored_codes,
+)
+
+MEMORIES = sorted(POLYNOMIALS)
+needs_compiler = pytest.mark.skipif(trellis.compiled() is None, reason="no compiled CPU kernels")
+
+
+def levels(codes: Tensor, scale: Tensor, planes: int) -> Tensor:
+    return (2.0 * codes - (2**planes - 1)) * scale
+
+
+def error(x: Tensor, codes: Tensor, scale: Tensor, planes: int) -> Tensor:
+    return (levels(codes, scale, planes) - x).pow(2).sum(1)
+
+
+def test_the_code_by_hand() -> None:
+    """Memory 2: plane 0 is the path a row ago, plane 1 the path now plus the path two rows ago."""
+    path = torch.tensor([1, 0, 1, 1, 0], dtype=torch.uint8)[:, None]
+    assert level_codes(path, 2)[:, 0].tolist() == [2, 1, 0, 3, 3]
+    # the other stored planes are planes of the levels as they are
+    assert level_codes(path | 2, 2)[:, 0].tolist() == [6, 5, 4, 7, 7]
+
+
+def test_the_example_of_the_format() -> None:
+    """docs/format.md: a path of memory 2 on scales in a byte."""
+    layout = WeightLayout(4, 2, (Tier(1, 2, tied=True, trellis=2),), scale_bits=8)
+    tensors = {
+        "weight": torch.tensor([[1], [2], [3], [1]], dtype=torch.uint8),
+        "scale": torch.tensor([[0x20], [0x21], [0x40], [0]], dtype=torch.uint8),
+        "scale_exponent": torch.tensor([-6], dtype=torch.int8),
+    }
+    W = [[1, -3], [-1.03125, 1.03125], [-6, 6], [0, 0]]
+    assert dequantize(PackedWeight(layout, tensors)).tolist() == W
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from(MEMORIES),
+    st.integers(1, 40),
+    st.integers(1, 9),
+    st.integers(1, 7),
+    st.integers(0, 2**16),
+)
+def test_stored_and_level_codes_are_inverse(
+    memory: int, n: int, c: int, planes: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    stored = torch.randint(2**planes, (n, c), generator=generator).to(torch.uint8)
+    codes = level_codes(stored, memory)
+    assert int(codes.max()) < 2 ** (planes + 1)
+    assert torch.equal(stored_codes(codes, memory), stored)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_what_is_no_path_is_refused(memory: int) -> None:
+    codes = level_codes(torch.ones(20, 3, dtype=torch.uint8), memory)
+    codes[9, 1] ^= 1
+    with pytest.raises(ValueError, match="no path"):
+        stored_codes(codes, memory)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("search", [nearest_path_naive, nearest_path])
+def test_the_path_found_is_the_nearest_of_all(
+    search: Callable[[Tensor, Tensor, int, int], Tensor], memory: int
+) -> None:
+    torch.manual_seed(memory)
+    x, scale = torch.randn(5, 9), torch.rand(9) * 0.5 + 0.1
+    paths = torch.tensor(list(itertools.product((0, 1), repeat=9)), dtype=torch.uint8)
+    every = level_codes(paths.T, memory).T  # [512, 9]
+    least = torch.stack([error(row, every, scale, 2).min() for row in x])
+    found = search(x, scale, 2, memory)
+    torch.testing.assert_close(error(x, found, scale, 2), least)
+    stored_codes(found.T.contiguous(), memory)  # a path
+
+
+@needs_compiler
+@pytest.mark.parametrize("c, n", [(1, 1), (1, 2), (3, 33), (17, 5), (16, 64), (40, 130)])
+@pytest.mark.parametrize("planes", [2, 3, 5, 8])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_compiled_search_finds_what_torch_finds(memory: int, planes: int, c: int, n: int) -> None:
+    torch.manual_seed(7)
+    x, scale = torch.randn(c, n), torch.rand(n) * 0.3 + 0.02
+    found = nearest_path(x, scale, planes, memory)
+    slow = nearest_path_naive(x, scale, planes, memory)
+    # two paths may be equally near but for the last bit
+    torch.testing.assert_close(error(x, found, scale, planes), error(x, slow, scale, planes))
+    assert (found != slow).float().mean() < 0.01
+    # what stands beside a column does not change it
+    assert torch.equal(nearest_path(x[c // 2 :][:1], scale, planes, memory)[0], found[c // 2])
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_wild_numbers_leave_a_path(value: float) -> None:
+    x = torch.randn(4, 50)
+    x[1, 7] = value
+    found = nearest_path(x, torch.full((50,), 0.3), 2, 3)
+    stored_codes(found.T.contiguous(), 3)
+    assert torch.equal(found[0], nearest_path(x[:1], torch.full((50,), 0.3), 2, 3)[0])
+
+
+def test_rows_of_scale_zero_cost_nothing() -> None:
+    torch.manual_seed(0)
+    x, scale = torch.randn(3, 30), torch.full((30,), 0.4)
+    scale[::3] = 0
+    found, slow = (f(x, scale, 2, 3) for f in (nearest_path, nearest_path_naive))
+    torch.testing.assert_close(error(x, found, scale, 2), error(x, slow, scale, 2))
+
+
+@pytest.mark.parametrize("planes, plain", [(2, 0.3634), (3, 0.1188)])
+def test_a_gaussian_loses_a_sixth_to_a_fifth_less(planes: int, plain: float) -> None:
+    """Marcellin and Fischer 1990, table II: 4.99 dB at 1 bit for 4 states, against 4.40."""
+    torch.manual_seed(0)
+    x, half = torch.randn(200, 500), {2: 0.4, 3: 0.255}[planes]
+    scale = torch.full((500,), half)
+    left = [error(x, nearest_path(x, scale, planes, m), scale, planes).mean() / 500 for m in (2, 4)]
+    assert left[1] < left[0] < 0.88 * plain
+    assert left[1] < 0.835 * plain
+
+
+def packed(n: int, k: int, memory: int) -> PackedWeight:
+    """Tiers of 0, 1, 2 and 3 stored planes, two of them with a trellis."""
+    a, b, c = k // 4, k // 3, k // 5
+    tiers = (
+        Tier(0, a),
+        Tier(1, b, tied=True, trellis=memory),
+        Tier(2, c, tied=True, offset=True, trellis=memory),
+        Tier(3, k - a - b - c, tied=True),
+    )
+    layout = WeightLayout(n, k, tiers)
+    generator = torch.Generator().manual_seed(n * k)
+    tier_of = torch.arange(4).repeat_interleave(torch.tensor([t.columns for t in tiers]))
+    tensors = {
+        "weight": torch.randint(256, (n, layout.row_bytes), generator=generator).byte(),
+        "scale": torch.rand(n, 3, generator=generator).half() + 0.1,
+        "offset": torch.randn(n, 1, generator=generator).half(),
+        "tier": tier_of[torch.randperm(k, generator=generator)].byte(),
+    }
+    return PackedWeight(layout, tensors)
+
+
+@pytest.mark.parametrize("n, k", [(1, 20), (3, 65), (33, 63), (70, 300)])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_the_plain_form_is_the_same_weight(n: int, k: int, memory: int) -> None:
+    pw = packed(n, k, memory)
+    plain = pw.plain()
+    assert [t.planes for t in plain.layout.tiers] == [0, 2, 3, 3]
+    assert not plain.layout.has_trellis and plain.plain() is plain
+    assert torch.equal(dequantize(plain), dequantize(pw))
+    # padding is zero in what comes back, and nothing reads it
+    stored = stored_planes(pw.layout, plain.tensors["weight"])
+    again = PackedWeight(pw.layout, {**pw.tensors, "weight": stored})
+    assert padding_is_zero(pw.layout, again.tensors)
+    assert torch.equal(plain.tensors["weight"], again.plain().tensors["weight"])
+
+
+@pytest.mark.parametrize("m", [1, 3, 40])
+@pytest.mark.parametrize("backend", ["cpu", "cpu-int8", "reference", "auto"])
+def test_every_backend_multiplies_with_it(backend: str, m: int) -> None:
+    if backend.startswith("cpu") and trellis.compiled() is None:
+        pytest.skip("no compiled CPU kernels")
+    pw = packed(70, 300, 4)
+    x = torch.randn(m, 300, generator=torch.Generator().manual_seed(m))
+    y, expected = dequant_matmul(x, pw, backend), x @ dequantize(pw).T
+    tolerance = 0.02 if backend == "cpu-int8" else 1e-5
+    assert (y - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "tier, says",
+    [
+        (Tier(1, 8, tied=True, trellis=1), "memory 1"),
+        (Tier(1, 8, tied=True, trellis=9), "memory 9"),
+        (Tier(0, 8, tied=True, trellis=3), "1 to 7 tied planes"),
+        (Tier(8, 8, tied=True, trellis=3), "1 to 7 tied planes"),
+        (Tier(2, 8, trellis=3), "1 to 7 tied planes"),
+    ],
+)
+def test_impossible_trellises_are_refused(tier: Tier, says: str) -> None:
+    with pytest.raises(PackedFormatError, match=says):
+        WeightLayout(4, 8, (tier,))
+
+
+def test_a_row_does_not_stand_by_itself() -> None:
+    with pytest.raises(PackedFormatError, match="trellis do not stand by themselves"):
+        WeightLayout(4, 8, (Tier(1, 8, tied=True, trellis=3),)).check_rows()
+
+
+def test_the_description_survives_json_and_old_ones_have_none() -> None:
+    layout = packed(3, 65, 4).layout
+    assert WeightLayout.from_dict(layout.to_dict()) == layout
+    assert "trellis" not in str(layout.plain().to_dict())

@@ -1,0 +1,67 @@
+/* trellis.c over exactly sized buffers: every kind of machine, awkward sizes, wild numbers. The path
+ * found must be one, and no worse than the path of zeros. */
+#include <stdio.h>
+
+#include "trellis.c"
+
+static const int H1[] = {0, 0, 5, 11, 19, 37}, H0[] = {0, 0, 2, 4, 4, 8};
+
+static float level(const uint8_t *codes, const float *x, const float *scale, int64_t n, int planes) {
+    float sum = 0;
+    for (int64_t t = 0; t < n; t++) {
+        const float e = x[t] - scale[t] * (float)(2 * codes[t] - ((1 << planes) - 1));
+        sum += e * e;
+    }
+    return sum;
+}
+
+/* Whether the low planes of codes [n] are a path of the trellis: one is built along. */
+static int is_path(const uint8_t *codes, int64_t n, int memory) {
+    const int states = 1 << memory;
+    uint64_t alive = 1; /* states that a path may be in */
+    for (int64_t t = 0; t < n; t++) {
+        uint64_t next = 0;
+        for (int s = 0; s < states; s++)
+            for (int u = 0; u < 2 && alive >> s & 1; u++) {
+                const int r = s << 1 | u;
+                const int label = 2 * parity(r & H1[memory]) + parity(r & H0[memory]);
+                if (label == (codes[t] & 3)) next |= (uint64_t)1 << (r & (states - 1));
+            }
+        alive = next;
+    }
+    return alive != 0;
+}
+
+int main(void) {
+    static const int64_t SIZES[][2] = {{1, 1}, {3, 2}, {16, 5}, {17, 33}, {40, 64}};
+    int checked = 0;
+    unsigned random = 1;
+    for (int size = 0; size < 5; size++)
+        for (int memory = 2; memory <= 5; memory++)
+            for (int planes = 2; planes <= 8; planes += 3, checked++) {
+                const int64_t c = SIZES[size][0], n = SIZES[size][1];
+                float *x = malloc((size_t)(c * n) * sizeof *x), *scale = malloc((size_t)n * sizeof *x);
+                uint8_t *codes = malloc((size_t)(c * n)), *zeros = calloc((size_t)n, 1);
+                for (int64_t i = 0; i < c * n; i++) {
+                    random = random * 1664525u + 1013904223u;
+                    x[i] = (float)(random >> 8) / 8388608.0f - 1;
+                }
+                for (int64_t t = 0; t < n; t++) scale[t] = t % 5 ? 0.3f : 0;
+                if (size == 3) x[7] = NAN, x[40] = INFINITY;
+                const int threads = 1 + checked % 3;
+                if (pbq_trellis(x, scale, c, n, planes, memory, H1[memory], H0[memory], codes, threads))
+                    return 2;
+                for (int64_t i = 0; i < c; i++) {
+                    const uint8_t *own = codes + i * n;
+                    const float found = level(own, x + i * n, scale, n, planes);
+                    if (!is_path(own, n, memory) ||
+                        found > 1.0001f * level(zeros, x + i * n, scale, n, planes)) {
+                        printf("sequence %d of case %d\n", (int)i, checked);
+                        return 1;
+                    }
+                }
+                free(x), free(scale), free(codes), free(zeros);
+            }
+    printf("%d cases\n", checked);
+    return 0;
+}
