@@ -185,8 +185,8 @@ def stored_bits(plans: Mapping[str, LayerPlan], rows: Mapping[str, int]) -> floa
 # Relative squared error of a Gaussian on its best 2**p equally spaced levels, p = 0 … 4 (Max 1960,
 # table II). More planes than that never pay below 3 bits.
 DISTORTION = (1.0, 0.3634, 0.1188, 0.03744, 0.01154)
-# The same with a trellis of memory 4 (pbq_kernels/trellis.py), measured on 900,000 numbers.
-TRELLIS_DISTORTION = (1.0, 0.3000, 0.0921, 0.0293, 0.0093)
+# The same with a trellis of memory 8 (pbq_kernels/trellis.py), measured on 180,000 numbers.
+TRELLIS_DISTORTION = (1.0, 0.2864, 0.0887, 0.0280, 0.00875)
 # What one bit more a weight divides the damage by: Max's table between one plane and three.
 FALL = math.sqrt(DISTORTION[1] / DISTORTION[3])
 # Least and most bits of a layer beside another, as shares of the promised ones.

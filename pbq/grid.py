@@ -295,11 +295,11 @@ def fit_symmetric(W: Float[Tensor, "n c"], weight: Float[Tensor, " c"], planes: 
 
 
 # Best half step of a Gaussian's levels of 2 to 5 planes on a trellis, in standard deviations.
-_TRELLIS_STEPS = {2: 0.4, 3: 0.255, 4: 0.149, 5: 0.09}
+_TRELLIS_STEPS = {2: 0.395, 3: 0.25, 4: 0.147, 5: 0.085}
 
 
 def fit_trellis(
-    W: Float[Tensor, "n c"], weight: Float[Tensor, " c"], tier: Tier, iterations: int = 3
+    W: Float[Tensor, "n c"], weight: Float[Tensor, " c"], tier: Tier, iterations: int = 1
 ) -> Grid:
     """`fit_symmetric` for a tier with a trellis: a Gaussian's scale, then least squares by turns.
 

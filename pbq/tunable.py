@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from pbq.grid import Factors, Grid, Quantized, QuantizedWeight, TierGrid, stored, stored_scale
 from pbq.hessian import least_squares
-from pbq_kernels.trellis import nearest_path
 
 # Of the regressions that latent factors start from: a rank above n or k needs some.
 LATENT_DAMPING = 0.01
@@ -49,6 +48,8 @@ _FREE = Rates()
 
 class TunableWeight(nn.Module):
     """A QuantizedWeight whose numbers, and with `latent` whose codes, can be trained.
+
+    Codes of a weight with trellises stay as they are.
 
     Kept transposed, a tier being consecutive rows [c, n]: columns of W are rows here, so that
     putting them back in order copies whole rows. Scales train as factors around 1, which
@@ -94,7 +95,8 @@ class TunableWeight(nn.Module):
         codes = qw.codes[:, order].T
         self._codes = list(codes.split([t.columns for t in qw.tiers]))  # uint8 [c, n]
         self.latent = nn.ParameterList()
-        if latent is not None:
+        # a latent weight that moves would change the path of many rows at once, for the worse
+        if latent is not None and not any(tier.trellis for tier in qw.tiers):
             start = (latent if qw.column_scale is None else latent / qw.column_scale)[:, order].T
             self.latent.extend(
                 nn.Parameter(self._where_it_rounds(t, part).contiguous())
@@ -105,15 +107,8 @@ class TunableWeight(nn.Module):
         """The latent weights, or the level itself where they would not round to the stored code."""
         with torch.no_grad():
             # a column scale of zero leaves no latent weight to start from
-            level = self.values(t, self._codes[t], *self._numbers(t))
-            latent = torch.where(latent.isfinite(), latent, level)
-            # on a trellis an entry that moves may change the path of those around it
-            while not (same := self._nearest(t, latent) == self._codes[t]).all():
-                moved = torch.where(same, latent, level)
-                if torch.equal(moved, latent):
-                    break  # levels that coincide
-                latent = moved
-            return latent
+            same = (self._nearest(t, latent) == self._codes[t]) & latent.isfinite()
+            return torch.where(same, latent, self.values(t, self._codes[t], *self._numbers(t)))
 
     def _numbers(self, t: int) -> tuple[Tensor, Tensor | None]:
         """Current scale [G, S, n] and offset [G, n] of a tier."""
@@ -164,8 +159,6 @@ class TunableWeight(nn.Module):
     @torch.no_grad()
     def _nearest(self, t: int, latent: Tensor) -> Tensor:
         """Nearest codes uint8 [c, n] of latent weights [c, n] on the current levels."""
-        if self.tiers[t].trellis:
-            return self._nearest_path(t, latent)
         if self.even(t):
             return self._nearest_even(t, latent)
         codes = torch.zeros(latent.shape, dtype=torch.uint8, device=latent.device)
@@ -187,16 +180,6 @@ class TunableWeight(nn.Module):
         steps = 2 ** self.tiers[t].planes - 1
         x = latent / step if offset is None else (latent - self.per_column(t, offset)) / step
         return x.add_(steps / 2).round_().clamp_(0, steps).to(torch.uint8)
-
-    def _nearest_path(self, t: int, latent: Tensor) -> Tensor:
-        scale, offset = self._numbers(t)
-        tier, codes = self.tiers[t], torch.empty(latent.shape, dtype=torch.uint8)
-        codes = codes.to(latent.device)
-        x = latent if offset is None else latent - self.per_column(t, offset)
-        for g in range(tier.groups):
-            rows = slice(None) if tier.groups == 1 else self._group_of[t] == g
-            codes[rows] = nearest_path(x[rows], scale[g, 0], tier.depth, tier.trellis)
-        return codes
 
     def _grid(self, t: int, g: int) -> Grid:
         scale, offset = self._numbers(t)
@@ -228,12 +211,11 @@ class TunableWeight(nn.Module):
 
     @torch.no_grad()
     def freeze(self) -> QuantizedWeight:
-        """What would be stored now: codes, and scales rounded to float16."""
+        """What would be stored now: codes, and scales rounded as they are stored."""
         grids, codes = [], []
         for t in range(len(self.tiers)):
             scale, offset = self._numbers(t)
-            shape = scale.permute(2, 0, 1)
-            scale = stored_scale(shape, self._scale_bits)
+            scale = stored_scale(scale.permute(2, 0, 1), self._scale_bits)
             grids.append(TierGrid(scale, None if offset is None else stored(offset.T)))
             codes.append(self._nearest(t, self.latent[t]) if len(self.latent) else self._codes[t])
         column = None

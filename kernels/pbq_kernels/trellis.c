@@ -1,7 +1,7 @@
-/* The nearest path of levels through a trellis: Viterbi's algorithm, 16 sequences side by side.
+/* The nearest path of levels through a trellis: Viterbi's algorithm, the states side by side.
  *
- * trellis.py says what the code is and holds the slow twin. Plain C loops over LANES sequences,
- * which compilers turn into vector instructions; compiled once for each kind of machine.
+ * trellis.py says what the code is and holds the slow twin. Plain C loops over states, which
+ * compilers turn into vector instructions; compiled once for each kind of machine.
  */
 #include <math.h>
 #include <stdint.h>
@@ -10,124 +10,119 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
-#define LANES 16
-#define MOST_STATES 64
+#define MOST_STATES 256
 
+/* A path's last bits, the newest lowest, are a state; the bit that enters moves them up. */
 typedef struct {
-    int planes, memory, states;
+    int top; /* codes of a label: label + 4 * (0 to top) */
     float steps;
-    uint8_t label[2 * MOST_STATES]; /* of each register: state before, then the bit that enters */
+    int32_t low[MOST_STATES], high[MOST_STATES]; /* the label's bits, when a 0 enters after a state;
+                                                    a 1 turns the high one over */
 } Code;
 
-/* Squared distance of x to the nearest level of each of the four labels, in units of the weights. */
-INLINE void distances(const Code *c, const float *x, float square, float d[4][LANES]) {
-    const float top = (float)((1 << (c->planes - 2)) - 1);
-    for (int q = 0; q < 4; q++)
-        for (int l = 0; l < LANES; l++) {
-            float rest = rintf(((x[l] + c->steps) * 0.5f - (float)q) * 0.25f);
-            rest = rest < 0 ? 0 : rest > top ? top : rest;
-            const float e = x[l] - (2 * ((float)q + 4 * rest) - c->steps);
-            d[q][l] = e * e * square;
-        }
+INLINE float nearest(const Code *c, float x, int label) {
+    const float rest = rintf(((x + c->steps) * 0.5f - (float)label) * 0.25f);
+    const float top = (float)c->top;
+    return (float)label + 4 * (rest < 0 ? 0 : rest > top ? top : rest);
 }
 
-/* x [n][LANES] in units of a row's scale, square [n]: that scale squared; decision [n][states / 8
- * rounded up][LANES]. Leaves the codes in code [n][LANES]. */
-INLINE void block(const Code *c, int states, int64_t n, const float *x, const float *square,
-                  uint8_t *decision, uint8_t *code) {
-    const int half = states / 2, bytes = (states + 7) / 8;
-    float cost[MOST_STATES][LANES], next[MOST_STATES][LANES], d[4][LANES];
-    for (int s = 0; s < states; s++)
-        for (int l = 0; l < LANES; l++) cost[s][l] = s ? 1e30f : 0;
-    for (int64_t t = 0; t < n; t++) {
-        distances(c, x + t * LANES, square[t], d);
-        for (int byte = 0; byte < bytes; byte++) {
-            int32_t chosen[LANES] = {0};
-            for (int bit = 0; bit < 8 && 8 * byte + bit < states; bit++) {
-                /* the new state is the old one moved up by the bit that enters: two lead here */
-                const int s = 8 * byte + bit, low = s >> 1, high = low | half;
-                const float *a = d[c->label[2 * low | (s & 1)]];
-                const float *b = d[c->label[2 * high | (s & 1)]];
-                for (int l = 0; l < LANES; l++) {
-                    const float from_low = cost[low][l] + a[l], from_high = cost[high][l] + b[l];
-                    const int better = from_high < from_low;
-                    next[s][l] = better ? from_high : from_low;
-                    chosen[l] |= better << bit;
-                }
-            }
-            uint8_t *out = decision + (t * bytes + byte) * LANES;
-            for (int l = 0; l < LANES; l++) out[l] = (uint8_t)chosen[l];
-        }
-        memcpy(cost, next, (size_t)states * sizeof *cost);
+/* One row: costs of the states before it -> costs after it, and which of the two states that lead to
+ * each was better: the one without the oldest bit (0) or with it (1). Returns the least cost. */
+INLINE void advance(const Code *c, int states, const float d[4], const float *cost, float *next,
+                    uint8_t *oldest) {
+    const int half = states / 2;
+    const float d0 = d[0], d1 = d[1], d2 = d[2], d3 = d[3];
+    float zero[MOST_STATES], one[MOST_STATES]; /* cost of a 0 and of a 1 after each state */
+    for (int s = 0; s < states; s++) {
+        const float even = c->low[s] ? d1 : d0, odd = c->low[s] ? d3 : d2;
+        zero[s] = cost[s] + (c->high[s] ? odd : even);
+        one[s] = cost[s] + (c->high[s] ? even : odd);
     }
-    int state[LANES] = {0};
-    for (int s = 1; s < states; s++)
-        for (int l = 0; l < LANES; l++)
-            if (cost[s][l] < cost[state[l]][l]) state[l] = s;
-    const int top = (1 << (c->planes - 2)) - 1;
-    for (int64_t t = n - 1; t >= 0; t--)
-        for (int l = 0; l < LANES; l++) {
-            const int s = state[l];
-            const int high = decision[(t * bytes + (s >> 3)) * LANES + l] >> (s & 7) & 1;
-            const int before = s >> 1 | (high ? half : 0);
-            const int q = c->label[2 * before | (s & 1)];
-            int rest = (int)rintf(((x[t * LANES + l] + c->steps) * 0.5f - (float)q) * 0.25f);
-            rest = rest < 0 ? 0 : rest > top ? top : rest;
-            code[t * LANES + l] = (uint8_t)(q + 4 * rest);
-            state[l] = before;
-        }
+    for (int s = 0; s < half; s++) {
+        const int with = zero[s + half] < zero[s];
+        next[2 * s] = with ? zero[s + half] : zero[s];
+        oldest[s] = (uint8_t)with;
+    }
+    for (int s = 0; s < half; s++) {
+        const int with = one[s + half] < one[s];
+        next[2 * s + 1] = with ? one[s + half] : one[s];
+        oldest[half + s] = (uint8_t)with;
+    }
 }
+
+/* x [n] in units of a row's scale, square [n]: that scale squared; oldest [n][states]: scratch. */
+INLINE void search(const Code *c, int states, int64_t n, const float *x, const float *square,
+                   uint8_t *oldest, uint8_t *codes) {
+    float costs[2][MOST_STATES], *cost = costs[0], *next = costs[1];
+    for (int s = 0; s < states; s++) cost[s] = s ? 1e30f : 0;
+    for (int64_t t = 0; t < n; t++) {
+        float d[4];
+        for (int label = 0; label < 4; label++) {
+            const float e = x[t] - (2 * nearest(c, x[t], label) - c->steps);
+            d[label] = e * e * square[t];
+        }
+        advance(c, states, d, cost, next, oldest + t * states);
+        float *before = cost;
+        cost = next, next = before;
+    }
+    int state = 0;
+    for (int s = 1; s < states; s++)
+        if (cost[s] < cost[state]) state = s;
+    for (int64_t t = n - 1; t >= 0; t--) {
+        const int entered = state & 1, rest = state >> 1;
+        const int before = rest | (oldest[t * states + entered * (states / 2) + rest] ? states / 2 : 0);
+        const int label = 2 * (c->high[before] ^ entered) + c->low[before];
+        codes[t] = (uint8_t)nearest(c, x[t], label);
+        state = before;
+    }
+}
+
+typedef void (*Search)(const Code *, int, int64_t, const float *, const float *, uint8_t *, uint8_t *);
 
 /* A constant number of states lets the loops over them unroll. */
-INLINE void any_block(const Code *c, int64_t n, const float *x, const float *square,
-                      uint8_t *decision, uint8_t *code) {
-    switch (c->states) {
-    case 4: block(c, 4, n, x, square, decision, code); break;
-    case 8: block(c, 8, n, x, square, decision, code); break;
-    case 16: block(c, 16, n, x, square, decision, code); break;
-    case 32: block(c, 32, n, x, square, decision, code); break;
-    default: block(c, 64, n, x, square, decision, code); break;
-    }
-}
-
-typedef void (*Block)(const Code *, int64_t, const float *, const float *, uint8_t *, uint8_t *);
-
-#define DEFINE_BLOCK(NAME, TARGET)                                                              \
-    static TARGET void NAME(const Code *c, int64_t n, const float *x, const float *square,     \
-                            uint8_t *decision, uint8_t *code) {                                \
-        any_block(c, n, x, square, decision, code);                                            \
+#define DEFINE_SEARCH(NAME, TARGET)                                                               \
+    static TARGET void NAME(const Code *c, int states, int64_t n, const float *x,                \
+                            const float *square, uint8_t *oldest, uint8_t *codes) {              \
+        switch (states) {                                                                        \
+        case 4: search(c, 4, n, x, square, oldest, codes); break;                                \
+        case 16: search(c, 16, n, x, square, oldest, codes); break;                              \
+        case 64: search(c, 64, n, x, square, oldest, codes); break;                              \
+        default: search(c, 256, n, x, square, oldest, codes); break;                             \
+        }                                                                                        \
     }
 
-DEFINE_BLOCK(block_plain, )
+DEFINE_SEARCH(search_plain, )
 #ifdef __x86_64__
-DEFINE_BLOCK(block_avx2, __attribute__((target("avx2"))))
-DEFINE_BLOCK(block_avx512,
-             __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))))
+DEFINE_SEARCH(search_avx2, __attribute__((target("avx2"))))
+DEFINE_SEARCH(search_avx512,
+              __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))))
 #endif
 
-static Block fastest(void) {
+static Search fastest(void) {
 #ifdef __x86_64__
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return block_avx512;
-    if (__builtin_cpu_supports("avx2")) return block_avx2;
+        return search_avx512;
+    if (__builtin_cpu_supports("avx2")) return search_avx2;
 #endif
-    return block_plain;
+    return search_plain;
 }
 
 static int parity(int x) { return __builtin_popcount((unsigned)x) & 1; }
 
 /* x [sequences, n], scale [n] -> codes [sequences, n]: of all sequences of levels scale * (2 code -
- * steps) that the trellis holds, the one nearest to each x. h1, h0: what of the register makes the
- * two low bits of a code. Returns 0, or -1 without memory. */
+ * steps) that the trellis holds, the one nearest to each x. h1, h0: what of the last bits makes the
+ * two low bits of a code; bit 0 is in h1 only. memory 2, 4, 6 or 8. Returns 0, or -1 without memory. */
 EXPORT int pbq_trellis(const float *x, const float *scale, int64_t sequences, int64_t n, int planes,
                        int memory, int h1, int h0, uint8_t *codes, int threads) {
-    Code c = {planes, memory, 1 << memory, (float)((1 << planes) - 1), {0}};
-    for (int r = 0; r < 2 * c.states; r++) c.label[r] = (uint8_t)(2 * parity(r & h1) + parity(r & h0));
-    const Block run = fastest();
-    const size_t bytes = (size_t)n * LANES * sizeof(float);
-    const size_t each = bytes + (size_t)n * LANES * (size_t)((c.states + 7) / 8 + 1);
+    const int states = 1 << memory;
+    Code c = {(1 << (planes - 2)) - 1, (float)((1 << planes) - 1), {0}, {0}};
+    for (int s = 0; s < states; s++) {
+        c.high[s] = parity((s << 1) & h1);
+        c.low[s] = parity((s << 1) & h0);
+    }
+    const Search run = fastest();
     float *square = malloc(2 * (size_t)n * sizeof(float));
     if (!square) return -1;
     float *inverse = square + n;
@@ -138,27 +133,22 @@ EXPORT int pbq_trellis(const float *x, const float *scale, int64_t sequences, in
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        char *scratch = malloc(each);
-        if (!scratch) {
+        float *units = malloc((size_t)n * (sizeof(float) + (size_t)states));
+        uint8_t *oldest = (uint8_t *)(units + n);
+        if (!units) {
 #pragma omp atomic write
             failed = 1;
         }
-        float *lanes = (float *)scratch;
-        uint8_t *code = (uint8_t *)scratch + bytes, *decision = code + n * LANES;
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < sequences; i += LANES) {
-            if (!scratch) continue;
-            const int count = (int)(sequences - i < LANES ? sequences - i : LANES);
-            for (int l = 0; l < LANES; l++)
-                for (int64_t t = 0; t < n; t++) {
-                    const float v = l < count ? x[(i + l) * n + t] * inverse[t] : 0;
-                    lanes[t * LANES + l] = fabsf(v) < 1e15f ? v : 0;
-                }
-            run(&c, n, lanes, square, decision, code);
-            for (int l = 0; l < count; l++)
-                for (int64_t t = 0; t < n; t++) codes[(i + l) * n + t] = code[t * LANES + l];
+        for (int64_t i = 0; i < sequences; i++) {
+            if (!units) continue;
+            for (int64_t t = 0; t < n; t++) {
+                const float v = x[i * n + t] * inverse[t];
+                units[t] = fabsf(v) < 1e15f ? v : 0;
+            }
+            run(&c, states, n, units, square, oldest, codes + i * n);
         }
-        free(scratch);
+        free(units);
     }
     free(square);
     return failed ? -1 : 0;

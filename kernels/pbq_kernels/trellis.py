@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 # (h1, h0) by memory. Bit 0 of h1 is set and h0 is a single bit, which is what `stored_codes` needs.
-POLYNOMIALS = {2: (0o5, 0o2), 3: (0o13, 0o4), 4: (0o23, 0o4), 5: (0o45, 0o10)}
+# The first two are Ungerboeck's; the others were the best of 150 drawn at random on 240,000 numbers.
+POLYNOMIALS = {2: (0o5, 0o2), 4: (0o23, 0o4), 6: (0o147, 0o2), 8: (0o615, 0o2)}
 
 
 def level_codes(stored: Tensor, memory: int) -> Tensor:

@@ -3,9 +3,8 @@
 Each layer gets bits by what the model loses when it alone is rounded, each of its channels planes
 by the damage avoided per stored bit, E[x²]·|w|². Tiers are trellis-coded (pbq_kernels/trellis.py)
 and have one scale of a byte a row, found by alternating least squares. The linears are rebuilt as
-for ptq161 (compensated GPTQ, coarse tier first, joint scales, one sweep over the codes). Scales,
-norms and signs are trained twice: each block against the original block, where a gradient is clean
-enough to move many signs at once, then all together against the original model.
+for ptq161 (compensated GPTQ, coarse tier first, joint scales, one sweep over the codes). Then
+scales and norms are trained against the original model.
 """
 
 from __future__ import annotations
@@ -34,16 +33,14 @@ from pbq_kernels.trellis import compiled
 
 log = logging.getLogger(__name__)
 
-# Memory of the trellis of every tier: 32 states leave 1.4 % less of a Gaussian than 16 and take
-# half as much time again, 8 states 1.4 % more in four fifths.
-MEMORY = 4
+# Memory of the trellis of every tier: 256 states leave 4 % less of a Gaussian than 16.
+MEMORY = 8
 SCALE_BITS = 8
-# Segments of a given text, where it has as many; passes over them for each block, in steps of one
-# segment at least PASSES; and steps of distillation.
-ROWS = {"fast": 0, "default": 192, "best": 256}
-EPOCHS = {"fast": 0.0, "default": 1.0, "best": 2.0}
-PASSES = {"fast": 0, "default": 128, "best": 256}
-STEPS = {"fast": 30, "default": 150, "best": 1000}
+# Tokens behind each Hessian; segments of a given text, where it has as many, so that neighbouring
+# blocks see different ones; and steps of distillation.
+HESSIAN_TOKENS = {"fast": 16384, "default": 49152, "best": 49152}
+ROWS = {"fast": 0, "default": 96, "best": 96}
+STEPS = {"fast": 30, "default": 300, "best": 1000}
 
 
 @dataclass(frozen=True)
@@ -85,24 +82,18 @@ class Waterfill:
         )
 
     def recipe(self, config: QuantConfig) -> Recipe:
-        block = BlockTuning(
-            epochs=EPOCHS[config.effort],
-            steps=PASSES[config.effort],
-            lr=2e-3,
-            norm_lr=2e-3,
-            latent_lr=2e-2,
-        )
+        # for who asks for it: least squares leaves it next to nothing to do, and at higher rates
+        # it ends above where it started
+        block = BlockTuning(epochs=0.0, lr=3e-4, norm_lr=3e-4)
         return Recipe(
-            hessian_tokens=49152 if block.epochs else 16384,
+            hessian_tokens=HESSIAN_TOKENS[config.effort],
             rows=ROWS[config.effort],
             importance=True,
             sensitivity=True,
             token_noise=0.1,
             batch=1,  # the number of steps counts for more than the tokens of each
             block=block,
-            distillation=Distillation(
-                steps=STEPS[config.effort], lr=1.5e-3, norm_lr=1.5e-3, latent_lr=1e-3
-            ),
+            distillation=Distillation(steps=STEPS[config.effort], lr=1.5e-3, norm_lr=1.5e-3),
         )
 
     def paper_bits(self, plans: Mapping[str, LayerPlan], rows: Mapping[str, int]) -> float:

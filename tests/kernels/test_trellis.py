@@ -123,16 +123,16 @@ def test_compiled_search_finds_what_torch_finds(memory: int, planes: int, c: int
 def test_wild_numbers_leave_a_path(value: float) -> None:
     x = torch.randn(4, 50)
     x[1, 7] = value
-    found = nearest_path(x, torch.full((50,), 0.3), 2, 3)
-    stored_codes(found.T.contiguous(), 3)
-    assert torch.equal(found[0], nearest_path(x[:1], torch.full((50,), 0.3), 2, 3)[0])
+    found = nearest_path(x, torch.full((50,), 0.3), 2, 4)
+    stored_codes(found.T.contiguous(), 4)
+    assert torch.equal(found[0], nearest_path(x[:1], torch.full((50,), 0.3), 2, 4)[0])
 
 
 def test_rows_of_scale_zero_cost_nothing() -> None:
     torch.manual_seed(0)
     x, scale = torch.randn(3, 30), torch.full((30,), 0.4)
     scale[::3] = 0
-    found, slow = (f(x, scale, 2, 3) for f in (nearest_path, nearest_path_naive))
+    found, slow = (f(x, scale, 2, 4) for f in (nearest_path, nearest_path_naive))
     torch.testing.assert_close(error(x, found, scale, 2), error(x, slow, scale, 2))
 
 
@@ -142,9 +142,9 @@ def test_a_gaussian_loses_a_sixth_to_a_fifth_less(planes: int, plain: float) -> 
     torch.manual_seed(0)
     x, half = torch.randn(200, 500), {2: 0.4, 3: 0.255}[planes]
     scale = torch.full((500,), half)
-    left = [error(x, nearest_path(x, scale, planes, m), scale, planes).mean() / 500 for m in (2, 4)]
-    assert left[1] < left[0] < 0.88 * plain
-    assert left[1] < 0.835 * plain
+    left = [error(x, nearest_path(x, scale, planes, m), scale, planes).mean() / 500 for m in (2, 8)]
+    assert left[0] < 0.88 * plain
+    assert left[1] < 0.8 * plain
 
 
 def packed(n: int, k: int, memory: int) -> PackedWeight:
@@ -198,11 +198,11 @@ def test_every_backend_multiplies_with_it(backend: str, m: int) -> None:
 @pytest.mark.parametrize(
     "tier, says",
     [
-        (Tier(1, 8, tied=True, trellis=1), "memory 1"),
+        (Tier(1, 8, tied=True, trellis=3), "memory 3"),
         (Tier(1, 8, tied=True, trellis=9), "memory 9"),
-        (Tier(0, 8, tied=True, trellis=3), "1 to 7 tied planes"),
-        (Tier(8, 8, tied=True, trellis=3), "1 to 7 tied planes"),
-        (Tier(2, 8, trellis=3), "1 to 7 tied planes"),
+        (Tier(0, 8, tied=True, trellis=4), "1 to 7 tied planes"),
+        (Tier(8, 8, tied=True, trellis=4), "1 to 7 tied planes"),
+        (Tier(2, 8, trellis=4), "1 to 7 tied planes"),
     ],
 )
 def test_impossible_trellises_are_refused(tier: Tier, says: str) -> None:
@@ -212,7 +212,7 @@ def test_impossible_trellises_are_refused(tier: Tier, says: str) -> None:
 
 def test_a_row_does_not_stand_by_itself() -> None:
     with pytest.raises(PackedFormatError, match="trellis do not stand by themselves"):
-        WeightLayout(4, 8, (Tier(1, 8, tied=True, trellis=3),)).check_rows()
+        WeightLayout(4, 8, (Tier(1, 8, tied=True, trellis=4),)).check_rows()
 
 
 def test_the_description_survives_json_and_old_ones_have_none() -> None:

@@ -4,7 +4,7 @@
 
 #include "trellis.c"
 
-static const int H1[] = {0, 0, 5, 11, 19, 37}, H0[] = {0, 0, 2, 4, 4, 8};
+static const int H1[] = {0, 0, 5, 0, 19, 0, 103, 0, 397}, H0[] = {0, 0, 2, 0, 4, 0, 2, 0, 2};
 
 static float level(const uint8_t *codes, const float *x, const float *scale, int64_t n, int planes) {
     float sum = 0;
@@ -18,18 +18,20 @@ static float level(const uint8_t *codes, const float *x, const float *scale, int
 /* Whether the low planes of codes [n] are a path of the trellis: one is built along. */
 static int is_path(const uint8_t *codes, int64_t n, int memory) {
     const int states = 1 << memory;
-    uint64_t alive = 1; /* states that a path may be in */
-    for (int64_t t = 0; t < n; t++) {
-        uint64_t next = 0;
+    uint8_t alive[MOST_STATES] = {1}, next[MOST_STATES]; /* states that a path may be in */
+    int left = 1;
+    for (int64_t t = 0; t < n && left; t++) {
+        memset(next, 0, sizeof next);
+        left = 0;
         for (int s = 0; s < states; s++)
-            for (int u = 0; u < 2 && alive >> s & 1; u++) {
+            for (int u = 0; u < 2 && alive[s]; u++) {
                 const int r = s << 1 | u;
                 const int label = 2 * parity(r & H1[memory]) + parity(r & H0[memory]);
-                if (label == (codes[t] & 3)) next |= (uint64_t)1 << (r & (states - 1));
+                if (label == (codes[t] & 3)) left = next[r & (states - 1)] = 1;
             }
-        alive = next;
+        memcpy(alive, next, sizeof alive);
     }
-    return alive != 0;
+    return left;
 }
 
 int main(void) {
@@ -37,7 +39,7 @@ int main(void) {
     int checked = 0;
     unsigned random = 1;
     for (int size = 0; size < 5; size++)
-        for (int memory = 2; memory <= 5; memory++)
+        for (int memory = 2; memory <= 8; memory += 2)
             for (int planes = 2; planes <= 8; planes += 3, checked++) {
                 const int64_t c = SIZES[size][0], n = SIZES[size][1];
                 float *x = malloc((size_t)(c * n) * sizeof *x), *scale = malloc((size_t)n * sizeof *x);
