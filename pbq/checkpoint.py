@@ -115,7 +115,8 @@ def _grid_text(tier: Tier) -> str:
     scales = "tied" if tier.tied else "free"
     offset = ", offset" if tier.offset else ""
     group = "" if tier.group_size == -1 else f", groups of {tier.group_size}"
-    return f"{scales} scales{offset}{group}"
+    trellis = f", trellis of {2**tier.trellis} states" if tier.trellis else ""
+    return f"{scales} scales{offset}{group}{trellis}"
 
 
 @dataclass(frozen=True)

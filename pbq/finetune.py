@@ -39,7 +39,7 @@ from pbq.work import Keeper, Work, check_target
 # salient weights are frozen and a scale is the mean size of what it scales; towards the original's
 # distribution, though, where the paper has the next-token loss.
 RECIPES = {
-    "pbq": {"lr": 5e-3, "norm_lr": 5e-3, "latent_lr": 3e-3},
+    "pbq": {"lr": 1.5e-3, "norm_lr": 1.5e-3, "latent_lr": 1e-3},
     "pb-llm": {"lr": 0.0, "norm_lr": 0.0, "latent_lr": 3e-3, "analytic": True},
 }
 BATCH = 2
@@ -98,7 +98,9 @@ def finetune(
         loader = BlockLoader(source, compute_dtype(source, where), where, trust_remote_code)
         unfuse(loader.model)  # the experts of the packed model are apart
         _check_teacher(loader, dict(packed_linears(student)), out)
-        _check_memory(loader, budget(memory, loader.device), whole_model_bytes(student))
+        moving = _moves_signs(dict(packed_linears(student)), training, out)
+        allowed = budget(memory, loader.device)
+        _check_memory(loader, allowed, whole_model_bytes(student), moving)
         fingerprint = {
             "packed": resolve_source(str(out)).digest(),
             "teacher": source.digest(),
@@ -181,10 +183,22 @@ def _check_teacher(loader: BlockLoader, linears: Mapping[str, PackedLinear], out
             )
 
 
-def _check_memory(loader: BlockLoader, allowed: int, packed: int) -> None:
+def _moves_signs(linears: Mapping[str, PackedLinear], training: Training, out: Path) -> bool:
+    """Whether any code can move. Raises UsageError when there would be nothing to train."""
+    rates = training.settings()
+    moving = rates.latent_lr > 0 and not all(m.layout.has_trellis for m in linears.values())
+    if not moving and not rates.lr:
+        raise UsageError(
+            f"--recipe {training.recipe}: trains signs alone, and those of {out} are paths of a "
+            "trellis, which stay; leave it out to train scales and norms"
+        )
+    return moving
+
+
+def _check_memory(loader: BlockLoader, allowed: int, packed: int, moving: bool) -> None:
     width = next(loader.model.parameters()).element_size()
     needed = packed + whole_model_bytes(loader.model)
-    needed += distilling_bytes(loader.model, loader.blocks, width)
+    needed += distilling_bytes(loader.model, loader.blocks, width, moving)
     if needed > allowed:
         raise ResourceError(
             f"training this model takes about {size_text(needed)} of memory, {size_text(allowed)} "

@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float, Int8, UInt8
 from torch import Tensor
 
 from pbq_kernels.layout import Tier, WeightLayout, encode_overlay
+from pbq_kernels.paths import nearest_path
 from pbq_kernels.scales import byte_scales
-from pbq_kernels.trellis import nearest_path
 
 
 def stored(x: Tensor) -> Tensor:

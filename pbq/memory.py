@@ -31,9 +31,11 @@ _LINEAR_BYTES_PER_WEIGHT = 28
 _MOMENT_BYTES = 40
 # Of one block while it is tuned: dense weights, gradients, Adam's two moments, activations
 _TUNING_BYTES_PER_WEIGHT = 40
-# Of the whole model while it is distilled: latent weights, gradients, Adam's two moments, codes,
-# and the weights they make (22 bytes), and of each linear's input and output in the model's dtype
-_DISTILLING_BYTES_PER_WEIGHT = 24
+# Of the whole model while it is distilled: codes, the weights they make and their gradients; where
+# codes move, latent weights, their gradients and Adam's two moments too; and of each linear's input
+# and output in the model's dtype
+_DISTILLING_BYTES_PER_WEIGHT = 8
+_LATENT_BYTES_PER_WEIGHT = 16
 _KEPT_PER_ACTIVATION = 1.5
 # Hidden states on their way through the blocks go to the disk when they would take more than that
 # part of the memory. There are four of each batch: before and behind a block, in two streams.
@@ -94,7 +96,8 @@ def needs(
     if config.preprocess:
         whole["preprocessing"] = base + 2 * dense + distilling_bytes(model, blocks, width)
     if recipe.distillation is not None:
-        whole["distillation"] = base + dense + distilling_bytes(model, blocks, width)
+        moving = recipe.moves_signs_at_the_end
+        whole["distillation"] = base + dense + distilling_bytes(model, blocks, width, moving)
     return Needs(base + resident + working, whole, states)
 
 
@@ -124,13 +127,16 @@ def _block_bytes(
     return max(rounding, tuning)
 
 
-def distilling_bytes(model: PreTrainedModel, blocks: nn.ModuleList, width: int) -> int:
-    """What training the whole model end to end takes beside its weights."""
+def distilling_bytes(
+    model: PreTrainedModel, blocks: nn.ModuleList, width: int, moving: bool = True
+) -> int:
+    """What training the whole model end to end takes beside its weights, codes moving or not."""
     shapes = [weight_of(linear).shape for linear in find_linears(blocks).values()]
     vocabulary = model.get_output_embeddings().weight.shape[0]
     activations = _KEPT_PER_ACTIVATION * sum(n + k for n, k in shapes) + 3 * vocabulary
     weights = sum(n * k for n, k in shapes)
-    return weights * _DISTILLING_BYTES_PER_WEIGHT + round(STEP_TOKENS * activations * width)
+    each = _DISTILLING_BYTES_PER_WEIGHT + moving * _LATENT_BYTES_PER_WEIGHT
+    return weights * each + round(STEP_TOKENS * activations * width)
 
 
 def disk_bytes(

@@ -170,3 +170,21 @@ def test_an_analytic_scale_is_the_mean_size_of_what_is_on_the_grid(out: Path) ->
     on_grid = ~qw.overlay.mask
     size = ((started - numbers.offset[:, :1]).abs() * on_grid).sum(1) / on_grid.sum(1)
     torch.testing.assert_close(numbers.scale[:, 0, 0], size.half().float())
+
+
+def test_paths_of_a_trellis_stay(source: Path, text: Path, tmp_path: Path) -> None:
+    made, new = tmp_path / "made", tmp_path / "new"
+    config = QuantConfig(method="waterfill", bits=3.5, nsamples=8, seqlen=32, calib=str(text),
+                         distil_steps=0)  # fmt: skip
+    pipeline.quantize(str(source), made, config)
+    with pytest.raises(UsageError, match="paths of a trellis"):
+        train(made, new, text, recipe="pb-llm")
+    assert not new.exists()
+    tuned = train(made, new, text)
+    before, after = stored(made), stored(new)
+    assert tuned.kept and tuned.after < tuned.before
+    for name, tensors in before.items():
+        assert torch.equal(after[name]["weight"], tensors["weight"])
+    assert any(
+        not torch.equal(after[n]["scale"], t["scale"]) for n, t in before.items() if "scale" in t
+    )

@@ -1,6 +1,6 @@
 /* The nearest path of levels through a trellis: Viterbi's algorithm, the states side by side.
  *
- * trellis.py says what the code is and holds the slow twin. Plain C loops over states, which
+ * trellis.py says what the code is, paths.py holds the slow twin. Plain C loops over states, which
  * compilers turn into vector instructions; compiled once for each kind of machine.
  */
 #include <math.h>

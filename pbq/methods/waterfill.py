@@ -29,7 +29,7 @@ from pbq.methods import refuse_options
 from pbq.tune import BlockTuning, Distillation, Recipe
 from pbq_kernels.cpu import BUILD
 from pbq_kernels.layout import Tier
-from pbq_kernels.trellis import compiled
+from pbq_kernels.paths import compiled
 
 log = logging.getLogger(__name__)
 

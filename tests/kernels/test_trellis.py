@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pbq_kernels import dequant_matmul, trellis
+from pbq_kernels import dequant_matmul, paths
 from pbq_kernels.layout import (
     PackedFormatError,
     PackedWeight,
@@ -20,17 +20,12 @@ from pbq_kernels.layout import (
     padding_is_zero,
     stored_planes,
 )
+from pbq_kernels.paths import nearest_path, nearest_path_naive
 from pbq_kernels.reference import dequantize
-from pbq_kernels.trellis import (
-    POLYNOMIALS,
-    level_codes,
-    nearest_path,
-    nearest_path_naive,
-    stored_codes,
-)
+from pbq_kernels.trellis import POLYNOMIALS, level_codes, stored_codes
 
 MEMORIES = sorted(POLYNOMIALS)
-needs_compiler = pytest.mark.skipif(trellis.compiled() is None, reason="no compiled CPU kernels")
+needs_compiler = pytest.mark.skipif(paths.compiled() is None, reason="no compiled CPU kernels")
 
 
 def levels(codes: Tensor, scale: Tensor, planes: int) -> Tensor:
@@ -186,7 +181,7 @@ def test_the_plain_form_is_the_same_weight(n: int, k: int, memory: int) -> None:
 @pytest.mark.parametrize("m", [1, 3, 40])
 @pytest.mark.parametrize("backend", ["cpu", "cpu-int8", "reference", "auto"])
 def test_every_backend_multiplies_with_it(backend: str, m: int) -> None:
-    if backend.startswith("cpu") and trellis.compiled() is None:
+    if backend.startswith("cpu") and paths.compiled() is None:
         pytest.skip("no compiled CPU kernels")
     pw = packed(70, 300, 4)
     x = torch.randn(m, 300, generator=torch.Generator().manual_seed(m))
