@@ -9,8 +9,8 @@ levels follow from it and the rows above, the others are stored as they are:
 with u = 0 above the first row. Which levels a row may take thus depends on the `memory` rows before
 it; there are twice as many of them, and the nearest path leaves 16 to 23 % less squared error of a
 Gaussian than plain levels of as many bits. This is trellis-coded quantization (Marcellin and
-Fischer 1990) with codes like Ungerboeck's (1982, table I). A column is a sequence by itself, so error
-feedback from column to column goes on as without a trellis.
+Fischer 1990) with codes like Ungerboeck's (1982, table I). A column is a sequence by itself, so
+error feedback from column to column goes on as without a trellis.
 """
 
 from __future__ import annotations
