@@ -1,4 +1,4 @@
-"""Build hook: compiles the C kernels into the wheel, or beside its source for an editable install."""
+"""Build hook: compiles the C kernels into the wheel, or beside them for an editable install."""
 
 from __future__ import annotations
 
