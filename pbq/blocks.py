@@ -23,7 +23,7 @@ from pbq.config import QuantConfig
 from pbq.errors import NumericalError
 from pbq.experts import Experts, find_experts
 from pbq.grid import Quantized
-from pbq.hessian import cholesky, proxy_loss
+from pbq.hessian import cholesky, products_of, proxy_loss
 from pbq.importance import LEAST_ENERGY, token_importance
 from pbq.methods import Method, rebuild
 from pbq.models import before_forward, run_block, set_weight, shared_inputs, weight_of
@@ -192,8 +192,9 @@ class _Sums:
     def add(self, x_f: Tensor, x_q: Tensor, w: Tensor, gaps: Mapping[str, Tensor]) -> None:
         """x_f, x_q [tokens, k] in the model's dtype, w [tokens], gaps: r_f - r_q [tokens, n]."""
         x = x_q.float()
-        weighted = x * w[:, None]
-        self.H += weighted.T @ x
+        weighted, root = x * w[:, None], x * w.sqrt()[:, None]
+        with products_of(x_q.dtype):
+            self.H += root.T @ root
         # the gaps may be multiplied in the model's own dtype: unlike H nothing inverts them
         own = weighted.to(x_q.dtype)
         self.cross += (x_f.float() - x).to(own.dtype).T @ own

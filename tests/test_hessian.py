@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pbq.errors import NumericalError
-from pbq.hessian import Hessian, damp, inverse_cholesky, proxy_loss
+from pbq.hessian import Hessian, damp, inverse_cholesky, products_of, proxy_loss
 
 SIZES = [1, 2, 33, 96, 577]
 
@@ -160,3 +160,22 @@ def test_proxy_loss_is_the_relative_output_error(n, m, k):
 
 def test_proxy_loss_of_nothing_is_zero():
     assert proxy_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.eye(3)) == 0.0
+
+
+@pytest.mark.parametrize("tokens,k", [(1, 1), (7, 33), (1024, 96)])
+def test_products_of_bfloat16_are_summed_in_float32(tokens, k):
+    x = torch.randn(tokens, k, generator=torch.Generator().manual_seed(k)).bfloat16().float()
+    with products_of(torch.bfloat16):
+        found = x.T @ x
+    truth = x.T.double() @ x.double()
+    # a sum that was itself rounded to bfloat16 would be off by a thousandth
+    assert float((found - truth).abs().max()) <= 1e-5 * float(truth.abs().max())
+
+
+def test_products_of_other_dtypes_stay_as_they_are():
+    before = torch.get_float32_matmul_precision()
+    with products_of(torch.float32):
+        assert torch.get_float32_matmul_precision() == before
+    with pytest.raises(KeyError), products_of(torch.bfloat16):
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == before
