@@ -38,8 +38,8 @@ MEMORY = 8
 SCALE_BITS = 8
 # Tokens behind each Hessian; segments of a given text, where it has as many, so that neighbouring
 # blocks see different ones; and steps of distillation.
-HESSIAN_TOKENS = {"fast": 16384, "default": 131072, "best": 131072}
-ROWS = {"fast": 0, "default": 136, "best": 136}
+HESSIAN_TOKENS = {"fast": 16384, "default": 98304, "best": 131072}
+ROWS = {"fast": 0, "default": 104, "best": 136}
 # Of `blocks.compensate`: what tokens that it was not fitted to like best
 COMPENSATE_DAMP = {"fast": 0.3, "default": 0.1, "best": 0.1}
 STEPS = {"fast": 30, "default": 300, "best": 1000}
