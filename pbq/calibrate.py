@@ -32,7 +32,7 @@ STATISTICS_ROWS = 16
 class Calibration:
     """ids int64 [N, seqlen] and where they came from; their sha256 names the set.
 
-    further: segments [M, seqlen] of the same text between those; only a distillation sees them.
+    further: other segments [M, seqlen] of the same text; only a distillation sees them.
     """
 
     ids: Tensor
@@ -67,12 +67,12 @@ def load_calibration(
     source: "self"; a path (.jsonl: one object a line with a "text", anything else: plain text);
     or a datasets id `name[:config[:split]]`. Several, joined by "+", share the segments evenly: a
     model calibrated on one kind of text loses more on the others. more: at most so many segments
-    beyond nsamples, as far as the texts go; further: at most so many apart from those. There are
-    none of the model's own text, which would have to be made first. A text's first segments are
-    taken, those of `further` evenly spread among the others. token_noise: see `with_noise`; with
-    any, PLACEHOLDER gives way to `made_up_words`. Neither is done to the model's own text, whose
-    documents begin with any token of the vocabulary. Raises DataError when there is too little
-    text.
+    beyond nsamples, as far as the texts go; further: at most so many behind those. There are none
+    of the model's own text, which would have to be made first. Without `more` they are the first of
+    a text; with it they are evenly spread among those of `further`, so that both hold all that it
+    is about. token_noise: see `with_noise`; with any, PLACEHOLDER gives way to `made_up_words`.
+    Neither is done to the model's own text, whose documents begin with any token of the vocabulary.
+    Raises DataError when there is too little text.
     """
     parts = [source] if Path(source).exists() else source.split("+")
     if len(parts) > nsamples:
@@ -130,15 +130,11 @@ def load_calibration(
         name += f" and words for {PLACEHOLDER}" * (filled > 0)
         ordinary, _ = ordinary_tokens(model, tokenizer)
         segments = with_noise(segments, token_noise, ordinary, seed)
-    ids, rest = _spread(segments[: nsamples + more + further], nsamples + more)
-    return Calibration(ids, name, rest)
-
-
-def _spread(segments: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """So many of the segments, evenly spread, and the others: all that a text is about in both."""
-    count, chosen = min(count, len(segments)), torch.zeros(len(segments), dtype=torch.bool)
-    chosen[[i * len(segments) // count for i in range(count)]] = True
-    return segments[chosen], segments[~chosen]
+    segments = segments[: nsamples + more + further]
+    count, every = min(nsamples + more, len(segments)), torch.arange(len(segments))
+    first = every[:count] if not more else every[:count] * len(segments) // count
+    chosen = torch.isin(every, first)
+    return Calibration(segments[chosen], name, segments[~chosen])
 
 
 def most_rows(config: QuantConfig, recipe: Recipe) -> int:

@@ -36,8 +36,7 @@ log = logging.getLogger(__name__)
 # Memory of the trellis of every tier: 256 states leave 4 % less of a Gaussian than 16.
 MEMORY = 8
 SCALE_BITS = 8
-# Tokens behind each Hessian; segments of a given text, where it has as many, so that neighbouring
-# blocks see different ones; and steps of distillation.
+# Tokens behind each Hessian; segments of a given text, where it has as many; steps of distillation
 HESSIAN_TOKENS = {"fast": 16384, "default": 98304, "best": 131072}
 ROWS = {"fast": 0, "default": 104, "best": 136}
 # Of `blocks.compensate`: what tokens that it was not fitted to like best
