@@ -180,7 +180,8 @@ def test_paths_of_a_trellis_stay(source: Path, text: Path, tmp_path: Path) -> No
     with pytest.raises(UsageError, match="paths of a trellis"):
         train(made, new, text, recipe="pb-llm")
     assert not new.exists()
-    tuned = train(made, new, text)
+    # enough for scales of a byte, which stay when they move by less than .8 %
+    tuned = train(made, new, text, steps=60)
     before, after = stored(made), stored(new)
     assert tuned.kept and tuned.after < tuned.before
     for name, tensors in before.items():
