@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pbq import ranks
 from pbq.allocate import LayerPlan
+from pbq.calibrate import evenly
 from pbq.config import QuantConfig
 from pbq.errors import NumericalError
 from pbq.experts import Experts, find_experts
@@ -301,7 +302,7 @@ class BlockQuantizer:
         per_batch = hidden[0].shape[0] * hidden[0].shape[1]
         wanted = min(len(usable), max(1, math.ceil(self.recipe.hessian_tokens / per_batch)))
         turn = self.index % (len(usable) // wanted)
-        return [usable[i * len(usable) // wanted + turn] for i in range(wanted)]
+        return [usable[i + turn] for i in evenly(len(usable), wanted)]
 
     @torch.no_grad()
     def _original_pass(

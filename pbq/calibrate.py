@@ -131,10 +131,15 @@ def load_calibration(
         ordinary, _ = ordinary_tokens(model, tokenizer)
         segments = with_noise(segments, token_noise, ordinary, seed)
     segments = segments[: nsamples + more + further]
-    count, every = min(nsamples + more, len(segments)), torch.arange(len(segments))
-    first = every[:count] if not more else every[:count] * len(segments) // count
-    chosen = torch.isin(every, first)
+    count = min(nsamples + more, len(segments))
+    chosen = torch.zeros(len(segments), dtype=torch.bool)
+    chosen[evenly(len(segments), count) if more else slice(count)] = True
     return Calibration(segments[chosen], name, segments[~chosen])
+
+
+def evenly(total: int, count: int) -> list[int]:
+    """So many of `total` indices, at most all of them, from the first on at equal distances."""
+    return [i * total // count for i in range(count)]
 
 
 def most_rows(config: QuantConfig, recipe: Recipe) -> int:

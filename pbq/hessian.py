@@ -46,13 +46,16 @@ def products_of(dtype: torch.dtype) -> Iterator[None]:
     Of bfloat16 that takes half the time where a CPU has instructions for it (AMX). A number that
     was multiplied by a float32 since is rounded back, which averages out over tokens.
     """
-    before = torch.get_float32_matmul_precision()
-    if dtype == torch.bfloat16:
-        torch.set_float32_matmul_precision("medium")
+    # the CPU's own setting: the one for all devices cannot be read where a caller has set another
+    setting = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9 and later
+    if dtype != torch.bfloat16 or setting is None:
+        yield
+        return
+    before, setting.fp32_precision = setting.fp32_precision, "bf16"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        setting.fp32_precision = before
 
 
 def damp(H: Float[Tensor, "k k"], percdamp: float) -> Float[Tensor, "k k"]:

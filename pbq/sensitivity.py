@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from pbq import methods
 from pbq.allocate import LayerPlan
 from pbq.blocks import watch
+from pbq.calibrate import evenly
 from pbq.config import QuantConfig
 from pbq.errors import NumericalError
 from pbq.experts import find_experts
@@ -96,8 +97,7 @@ def where_known(recipe: Recipe, blocks: nn.ModuleList) -> Recipe:
 
 def _spread(ids: Tensor, count: int) -> Tensor:
     """That many rows of ids, or all, evenly spread."""
-    count = min(count, len(ids))
-    return ids[[i * len(ids) // count for i in range(count)]]
+    return ids[evenly(len(ids), min(count, len(ids)))]
 
 
 def _logits(

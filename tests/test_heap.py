@@ -12,24 +12,30 @@ import pytest
 from pbq.heap import freed_memory_kept, give_back_memory
 
 MEASURED = """
-import psutil, resource, torch
+import ctypes, psutil
 from pbq.heap import freed_memory_kept, give_back_memory
 
 # pieces that malloc cuts from its heap, not from the system: below 32 MiB each
-PIECES, FLOATS = 16, 4 * 2**20
-TOTAL = PIECES * FLOATS * 4
+PIECES, BYTES = 16, 16 * 2**20
+TOTAL = PIECES * BYTES
+
+# Not tensors: what torch allocates beside each is left over between the pieces, and a piece that
+# this keeps from its old place grows the heap.
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes = [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
 
 def used_and_freed():
-    pieces = [torch.ones(FLOATS) for _ in range(PIECES)]
-    del pieces
+    pieces = [libc.malloc(BYTES) for _ in range(PIECES)]
+    for piece in pieces:
+        ctypes.memset(piece, 1, BYTES)
+    for piece in pieces:
+        libc.free(piece)
 
 def grown():
     "Resident memory since the start, in pieces' sizes together."
     return (psutil.Process().memory_info().rss - before) / TOTAL
-
-def faults():
-    "Pages that the system had to give until now."
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 give_back_memory()
 before = psutil.Process().memory_info().rss
@@ -45,21 +51,17 @@ def measured(code: str) -> list[float]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is Linux's")
 def test_freed_memory_is_kept_inside_and_given_back_behind():
-    inside, first, later, behind = measured("""
+    inside, later, behind = measured("""
 with freed_memory_kept():
-    start = faults()
     used_and_freed()
     print(grown())
-    once = faults()
     for _ in range(10):
         used_and_freed()
-    print(once - start, (faults() - once) / 10)
+    print(grown())
 print(grown())
 """)
     assert inside > 0.9
-    # Used again: what a round asks of the system is next to nothing.  Resident memory would not say
-    # it as well: a piece that a small leftover keeps from its place grows the heap once, by itself.
-    assert later < 0.1 * first
+    assert later < 1.2  # it was used again
     assert behind < 0.2
 
 

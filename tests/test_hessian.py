@@ -174,8 +174,12 @@ def test_products_of_bfloat16_are_summed_in_float32(tokens, k):
 
 def test_products_of_other_dtypes_stay_as_they_are():
     before = torch.get_float32_matmul_precision()
+    x = torch.randn(100, 64, generator=torch.Generator().manual_seed(0))
+    exact = x.T @ x
     with products_of(torch.float32):
         assert torch.get_float32_matmul_precision() == before
+        assert torch.equal(x.T @ x, exact)
     with pytest.raises(KeyError), products_of(torch.bfloat16):
         raise KeyError
     assert torch.get_float32_matmul_precision() == before
+    assert torch.equal(x.T @ x, exact)
