@@ -38,7 +38,7 @@ class Run:
 def processing_order(
     tiers: Sequence[Tier], tier_of: UInt8[Tensor, " k"], importance: Float[Tensor, " k"]
 ) -> tuple[Tensor, list[Run]]:
-    """(order int64 [k], runs): coarse tiers first, and in a tier the least important column first.
+    """(order int64 [k], runs): coarse tiers first, and in a tier the most important column first.
 
     A tier with groups keeps its storage order, since a group is a run of stored columns.
     """
@@ -48,7 +48,7 @@ def processing_order(
         if len(columns) == 0:
             continue
         if tiers[t].groups == 1:
-            columns = columns[torch.argsort(importance[columns], stable=True)]
+            columns = columns[torch.argsort(importance[columns], descending=True, stable=True)]
         order.append(columns)
         sizes = torch.bincount(tiers[t].group_of_column()).tolist()
         runs += [Run(t, group, size) for group, size in enumerate(sizes)]

@@ -61,7 +61,7 @@ class Recipe:
     products of two, whose signs are found in so many steps of ADMM. compensate: aim each
     linear at the original output given its quantized input (blocks.compensate), damped by
     compensate_damp. natural_order: columns are rounded in their own order, as papers do, not the
-    least important first; joint: whole blocks of them, see gptq.reconstruct_jointly.
+    most important first; joint: whole blocks of them, see gptq.reconstruct_jointly.
     importance: weigh tokens for each linear by what reaches the block's output (pbq.importance),
     not all linears alike by the inverse norm of that output.
     sensitivity: measure first what each linear costs the model, see pbq.sensitivity; like the

@@ -118,8 +118,8 @@ def test_processing_order_by_hand():
     tier_of = torch.tensor([3, 1, 0, 2, 0, 1, 3], dtype=torch.uint8)
     importance = torch.tensor([7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
     order, runs = processing_order(tiers, tier_of, importance)
-    # no planes, one plane by rising importance, two planes in storage order, four planes
-    assert order.tolist() == [3, 5, 1, 0, 6, 4, 2]
+    # no planes, one plane by falling importance, two planes in storage order, four planes
+    assert order.tolist() == [3, 1, 5, 0, 6, 2, 4]
     assert [(r.tier, r.group, r.columns) for r in runs] == [
         (2, 0, 1),
         (1, 0, 2),

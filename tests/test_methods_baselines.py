@@ -83,11 +83,11 @@ def test_gptq_by_hand() -> None:
 
 
 def test_gptq_takes_the_columns_as_they_come() -> None:
-    """The last column matters least; the least important first would round it before the third."""
-    H = torch.diag(torch.tensor([1.0, 1.0, 1.0, 0.5]))
+    """The third column matters least; the most important first would round the fourth before it."""
+    H = torch.diag(torch.tensor([1.0, 1.0, 0.5, 1.0]))
     H[2, 3] = H[3, 2] = 0.5
     found = quantized("gptq", ROW, H, TWO_BITS).dequantize()
-    # .4 + .4 · .5 / (.5 + .00875) = .793 for the fourth, nothing for the third
+    # .4 + .4 · .5 / (1 + .00875) = .598 for the fourth, nothing for the third
     assert found.tolist() == [[-1, 2, 0, 1]]
 
 
