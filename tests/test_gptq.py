@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from pbq import gptq
 from pbq.gptq import (
     MAX_JOINT_SCALES,
     Run,
@@ -127,6 +128,21 @@ def test_processing_order_by_hand():
         (3, 1, 1),
         (0, 0, 2),
     ]
+
+
+def test_important_columns_first_leave_less_than_last(monkeypatch):
+    """What is rounded last has nothing left to make up for its error."""
+    tiers = tiers_named("fine and coarse", 96)
+    tier_of = tier_columns(tiers, 96)
+
+    def left():
+        problems = [problem(32, 96, seed=seed) for seed in range(3)]
+        found = [(W, H, quantize_weight(W, H, tiers, tier_of, fit)[0]) for W, H in problems]
+        return sum(proxy_loss(W, qw.dequantize(), H) for W, H, qw in found)
+
+    first = left()
+    monkeypatch.setattr(gptq, "processing_order", lambda t, of, x: processing_order(t, of, -x))
+    assert first < 0.97 * left()
 
 
 @pytest.mark.parametrize("kind", KINDS)

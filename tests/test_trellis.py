@@ -120,6 +120,23 @@ def test_fitted_scales_follow_the_rows() -> None:
     assert error < 0.33
 
 
+def test_a_token_that_is_most_of_the_hessian_does_not_decide_the_scales() -> None:
+    """A token of 300 times the usual size, as an attention sink is."""
+    (some, sorted_of), left = tiers(8), {"costs": 0.0, "their roots": 0.0}
+    for seed in range(3):
+        g = torch.Generator().manual_seed(seed)
+        X = torch.randn(800, K, generator=g) @ (torch.eye(K) + torch.randn(K, K, generator=g) / 9)
+        X[0] += 300 * torch.randn(K, generator=g)
+        W, H = torch.randn(N, K, generator=g) * 0.05, X.T @ X / 800
+        tier_of = torch.empty_like(sorted_of)
+        tier_of[torch.argsort(H.diagonal() * W.pow(2).sum(0))] = sorted_of
+        for name, each in (("costs", fit), ("their roots", waterfill.Waterfill().fit)):
+            left[name] += proxy_loss(
+                W, quantize_weight(W, H, some, tier_of, each)[0].dequantize(), H
+            )
+    assert left["their roots"] < 0.97 * left["costs"]
+
+
 def test_training_moves_scales_and_no_codes() -> None:
     qw, _ = quantized(4, 8)
     W, _ = problem()

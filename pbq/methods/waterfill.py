@@ -76,7 +76,8 @@ class Waterfill:
         )
 
     def fit(self, W: Tensor, weight: Tensor, tier: Tier, row: Tensor) -> Grid:
-        # the root: a few columns, those that an attention sink feeds, would decide the scale of all
+        # the root: where one token, an attention sink, is most of H, the costs themselves leave few
+        # columns to decide the scale of all
         weight = weight.sqrt()
         if tier.trellis:
             return fit_trellis(W, weight, tier)
