@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from pbq import ranks
 from pbq.allocate import LayerPlan
 from pbq.calibrate import evenly
+from pbq.compensation import Moments, Sums, compensate
 from pbq.config import QuantConfig
 from pbq.errors import NumericalError
 from pbq.experts import Experts, find_experts
 from pbq.grid import Quantized
-from pbq.hessian import cholesky, products_of, proxy_loss
+from pbq.hessian import proxy_loss
 from pbq.importance import LEAST_ENERGY, token_importance
 from pbq.methods import Method, rebuild
 from pbq.models import before_forward, run_block, set_weight, shared_inputs, weight_of
@@ -163,75 +164,6 @@ def _keep(into: dict[str, Tensor], name: str, x: Tensor, like: Tensor) -> None:
 
 
 @dataclass
-class Moments:
-    """Token-weighted second moments of one shared input, per token.
-
-    H = E[w x_q x_qᵀ]; cross = E[w (x_f - x_q) x_qᵀ]; and by full name of a residual linear,
-    residual = E[w (r_f - r_q) x_qᵀ] with r the residual stream its output is added to. x_f, r_f are
-    of the original model, x_q, r_q behind quantized layers, w the weight of the token. tokens: how
-    many there were, those borrowed from other experts apart.
-    """
-
-    H: Tensor
-    cross: Tensor
-    residual: dict[str, Tensor]
-    tokens: int = 0
-    borrowed: int = 0
-
-
-class _Sums:
-    """Moments while they are summed up, batch by batch; in float64, as ranks.sum_up wants them."""
-
-    def __init__(self, k: int, rows: Mapping[str, int], device: torch.device) -> None:
-        """rows: n of each residual linear."""
-        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        self.H, self.cross = zeros(k, k), zeros(k, k)
-        self.residual = {name: zeros(n, k) for name, n in rows.items()}
-        # of the weights of all tokens, and their number
-        self.total = zeros(2)
-
-    def add(self, x_f: Tensor, x_q: Tensor, w: Tensor, gaps: Mapping[str, Tensor]) -> None:
-        """x_f, x_q [tokens, k] in the model's dtype, w [tokens], gaps: r_f - r_q [tokens, n]."""
-        x = x_q.float()
-        weighted, root = x * w[:, None], x * w.sqrt()[:, None]
-        with products_of(x_q.dtype):
-            self.H += root.T @ root
-        # the gaps may be multiplied in the model's own dtype: unlike H nothing inverts them
-        own = weighted.to(x_q.dtype)
-        self.cross += (x_f.float() - x).to(own.dtype).T @ own
-        for name, gap in gaps.items():
-            self.residual[name] += gap.to(own.dtype).T @ own
-        self.total += torch.stack([w.sum(), w.new_tensor(len(x))])
-
-    def over_ranks(self) -> _Sums:
-        ranks.sum_up(self.H, self.cross, *self.residual.values(), self.total)
-        return self
-
-    def mean(self, name: str) -> Moments:
-        """Raises NumericalError when a sum is not finite though its inputs are."""
-        if not all(torch.isfinite(m).all() for m in (self.H, self.cross, *self.residual.values())):
-            raise NumericalError(f"{name}: its inputs are too large to be squared in float32")
-        weight, tokens = self.total.tolist()
-        H, cross = (m.div_(weight).float() for m in (self.H, self.cross))
-        residual = {n: m.div_(weight).float() for n, m in self.residual.items()}
-        return Moments(H, cross, residual, int(tokens))
-
-
-def compensate(W: Tensor, moments: Moments, name: str, percdamp: float) -> tuple[Tensor, float]:
-    """The weight that best gives the original output from the quantized input, [n, k].
-
-    argmin over W' of E[w |W x_f + r_f - W' x_q - r_q|²] + damping |W' - W|²
-      = W + (W cross + residual)(H + damping)⁻¹.
-    The first term is the asymmetric calibration of GPTAQ (Li et al. 2025); the residual term lets
-    the linears that write to the residual stream undo the error that earlier blocks left there.
-    Also returns the damping used: more than `percdamp` where H asks for it (hessian.cholesky).
-    """
-    rhs = W @ moments.cross + moments.residual.get(name, torch.zeros((), device=W.device))
-    L, damping = cholesky(moments.H, percdamp, name)
-    return W + torch.cholesky_solve(rhs.T, L).T, damping
-
-
-@dataclass
 class BlockQuantizer:
     """Reconstructs the linears of one block, in the order in which they run.
 
@@ -354,8 +286,11 @@ class BlockQuantizer:
         """Moments of the input that a group of linears sees behind all that is quantized."""
         first = group[0]
         rows = {n: len(self._weight(n.removeprefix(f"{self.name}."))) for n in bases}
-        sums = _Sums(self._weight(first).shape[1], rows, streams.fp[0].device)
-        for i in (i for i in chosen if i in originals):
+        k, device = self._weight(first).shape[1], streams.fp[0].device
+        sums = Sums(k, rows, device, chance=self.recipe.compensate_damp == 0)
+        for place, i in enumerate(chosen):
+            if i not in originals:  # another rank's
+                continue
             names = [first, *(b for b in bases.values() if b)]
             with watch(self.block, names, stop_at=first) as seen, suppress(_Stop):
                 run_block(self.block, streams.quant[i], self.call)
@@ -364,7 +299,8 @@ class BlockQuantizer:
             inputs = (originals[i][first], seen[first], *gaps.values())
             self._check_finite(f".{first}: non-finite inputs", i, *inputs)
             x_f, x_q = _flat(originals[i][first]), _flat(seen[first])
-            sums.add(x_f, x_q, self._token_weights(i, group), gaps)
+            w = self._token_weights(i, group)
+            sums.add(x_f, x_q, w, gaps, negated=place % 2 == 1)
         return sums.over_ranks().mean(f"{self.name}.{first}")
 
     def _weight(self, linear: str) -> Tensor:
@@ -460,9 +396,12 @@ class BlockQuantizer:
     def _expert_moments(
         self, linear: str, x_f: Tensor, x_q: Tensor, w: Tensor, borrowed: int
     ) -> Moments:
-        sums = _Sums(x_q.shape[1], {}, x_q.device)
-        for f, q, weight in zip(*(x.split(_PART) for x in (x_f, x_q, w)), strict=True):
-            sums.add(f, q, weight, {})
+        sums = Sums(x_q.shape[1], {}, x_q.device, chance=self.recipe.compensate_damp == 0)
+        part = max(1, min(_PART, len(w) // 2))
+        for i, (f, q, weight) in enumerate(
+            zip(*(x.split(part) for x in (x_f, x_q, w)), strict=True)
+        ):
+            sums.add(f, q, weight, {}, negated=i % 2 == 1)
         return replace(sums.mean(f"{self.name}.{linear}"), borrowed=borrowed)
 
     @torch.no_grad()

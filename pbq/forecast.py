@@ -120,6 +120,8 @@ def seconds(
     moments = sum(2 * k * k * fitted * INPUTS_PER_LINEAR for _, k in shapes.values())
     rounding = sum(_rounding_operations(n, k) for n, k in shapes.values())
     rounding += sum(_factoring(n, k, config.bits) for n, k in shapes.values()) * recipe.factors
+    if recipe.compensate and recipe.compensate_damp == 0:  # eigenvectors of each input's moments
+        rounding += sum(16 * k**3 * INPUTS_PER_LINEAR for _, k in shapes.values())
     blocks = (forwards + moments) / speed.model + (moments + rounding) / speed.single
     found = {"statistics": statistics / speed.model}
     if recipe.sensitivity:

@@ -29,6 +29,8 @@ _ROUNDING_BYTES_PER_WEIGHT = 10
 _LINEAR_BYTES_PER_WEIGHT = 28
 # Of its inputs: second moments, their factors and inverses
 _MOMENT_BYTES = 40
+# and where compensation goes by what batches agree on, the sums that tell, and eigenvectors
+_CHANCE_BYTES = 20
 # Of one block while it is tuned: dense weights, gradients, Adam's two moments, activations
 _TUNING_BYTES_PER_WEIGHT = 40
 # Of the whole model while it is distilled: codes, the weights they make and their gradients; where
@@ -120,7 +122,7 @@ def _block_bytes(
     rounding = (
         size * _ROUNDING_BYTES_PER_WEIGHT
         + n * k * _LINEAR_BYTES_PER_WEIGHT
-        + widest**2 * _MOMENT_BYTES
+        + widest**2 * (_MOMENT_BYTES + (_CHANCE_BYTES if recipe.compensate_damp == 0 else 0))
         + inputs
     )
     tuning = size * _TUNING_BYTES_PER_WEIGHT if recipe.block is not None else 0

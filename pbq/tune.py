@@ -59,9 +59,10 @@ class Recipe:
 
     feedback: GPTQ error feedback. sweeps: coordinate-descent sweeps after it. factors: weights are
     products of two, whose signs are found in so many steps of ADMM. compensate: aim each
-    linear at the original output given its quantized input (blocks.compensate), damped by
-    compensate_damp. natural_order: columns are rounded in their own order, as papers do, not the
-    most important first; joint: whole blocks of them, see gptq.reconstruct_jointly.
+    linear at the original output given its quantized input (pbq.compensation), damped by
+    compensate_damp, or at 0 by as much as its batches disagree. natural_order: columns are rounded
+    in their own order, as papers do, not the most important first; joint: whole blocks of them, see
+    gptq.reconstruct_jointly.
     importance: weigh tokens for each linear by what reaches the block's output (pbq.importance),
     not all linears alike by the inverse norm of that output.
     sensitivity: measure first what each linear costs the model, see pbq.sensitivity; like the

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +18,16 @@ from transformers import PreTrainedModel
 
 from pbq import blocks as blocks_module
 from pbq.allocate import ChannelStats, LayerPlan, PlanInput
-from pbq.blocks import BlockQuantizer, Moments, Streams, _Stop, compensate, residual_bases, watch
+from pbq.blocks import BlockQuantizer, Streams, _Stop, residual_bases, watch
+from pbq.compensation import (
+    DAMPING,
+    LEAST_DAMPING,
+    NEIGHBOURS,
+    Gaps,
+    Moments,
+    compensate,
+    compensate_where_batches_agree,
+)
 from pbq.config import QuantConfig
 from pbq.errors import NumericalError
 from pbq.methods import ptq161
@@ -179,14 +189,19 @@ def test_watch_sees_the_inputs_and_stops(tiny_model: TinyModel) -> None:
 
 
 def moments_of(
-    x_f: Tensor, x_q: Tensor, w: Tensor, gap: Tensor | None = None, name: str = "a"
+    x_f: Tensor,
+    x_q: Tensor,
+    w: Tensor,
+    gap: Tensor | None = None,
+    name: str = "a",
+    sign: Tensor | float = 1.0,
 ) -> Moments:
-    """The definition, one sum after the other."""
+    """The definition, one sum after the other; sign: of each token in the gaps."""
     total = w.sum()
     H = (x_q * w[:, None]).T @ x_q / total
-    cross = (x_f - x_q).T @ (x_q * w[:, None]) / total
-    residual = {} if gap is None else {name: gap.T @ (x_q * w[:, None]) / total}
-    return Moments(H, cross, residual)
+    own = x_q * (w * sign)[:, None]
+    residual = {} if gap is None else {name: gap.T @ own / total}
+    return Moments(H, Gaps((x_f - x_q).T @ own / total, residual))
 
 
 @pytest.mark.parametrize("with_residual", [False, True])
@@ -226,7 +241,7 @@ def test_compensate_takes_the_residual_of_its_own_layer_only() -> None:
 
 
 def test_compensate_names_the_layer_of_a_bad_hessian() -> None:
-    moments = Moments(-torch.eye(3), torch.zeros(3, 3), {})
+    moments = Moments(-torch.eye(3), Gaps(torch.zeros(3, 3), {}))
     with pytest.raises(NumericalError, match=r"layers\.7\.o_proj: H is not positive definite"):
         compensate(torch.ones(2, 3), moments, "layers.7.o_proj", 0.05)
 
@@ -236,10 +251,76 @@ def test_compensate_climbs_the_ladder_and_tells_the_damping() -> None:
     H = torch.diag(torch.tensor([4.0, 2.0, -0.9]))  # mean 1.7: positive definite from 0.53 on
     cross = torch.randn(3, 3)
     W = torch.randn(2, 3)
-    found, damping = compensate(W, Moments(H, cross, {}), "a", 0.3)
+    found, damping = compensate(W, Moments(H, Gaps(cross, {})), "a", 0.3)
     assert damping == 1.0
     expected = W + W @ cross @ torch.linalg.inv(H + 1.7 * torch.eye(3))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def two_halves(seed: int, tokens: int = 200) -> tuple[Tensor, Moments]:
+    """(W, moments in float64); what is missing shows in the five largest directions of x."""
+    g = torch.Generator().manual_seed(seed)
+    n, k = 7, 41
+    normal = partial(torch.randn, dtype=torch.float64, generator=g)
+    directions = torch.linalg.qr(normal(k, k))[0]
+    W, truth = normal(n, k), normal(n, 5) @ directions[:5]
+
+    def half() -> Moments:
+        x = normal(tokens, k) * torch.logspace(1, -1, k, dtype=torch.float64) @ directions
+        return moments_of(x, x, torch.ones(tokens), x @ truth.T + 10 * normal(tokens, n))
+
+    a, b = half(), half()
+    found, chance = (
+        Gaps(a.gaps.cross, {"a": (a.gaps.residual["a"] + sign * b.gaps.residual["a"]) / 2})
+        for sign in (1, -1)
+    )
+    return W, Moments((a.H + b.H) / 2, found, chance)
+
+
+def test_what_two_halves_agree_on_one_eigenvector_at_a_time() -> None:
+    W, moments = two_halves(0)
+    assert moments.chance is not None
+    found = compensate_where_batches_agree(W, moments, "a")
+    values, vectors = torch.linalg.eigh(moments.H)
+    components = [
+        [gaps.missing(W, "a") @ v for v in vectors.T] for gaps in (moments.gaps, moments.chance)
+    ]
+    energies = [[float(c @ c) for c in each] for each in components]
+    expected, k, reach = W.clone(), len(values), NEIGHBOURS // 2
+    for i in range(k):
+        near = [min(max(j, 0), k - 1) for j in range(i - reach, i + reach + 1)]
+        all_of_it, noise = (sum(each[j] for j in near) for each in energies)
+        believed = max(0.0, 1 - noise / all_of_it)
+        damped = float(values[i] + LEAST_DAMPING * values.mean())
+        expected += torch.outer(components[0][i], vectors[:, i]) * believed / damped
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+    again, damping = compensate(W, moments, "a", 0)
+    assert torch.equal(again, found) and damping == LEAST_DAMPING
+
+
+def test_what_two_halves_agree_on_is_nearer_to_the_truth_than_any_damping() -> None:
+    left = dict.fromkeys((0.0, 1e-3, 0.01, 0.03, 0.1, 0.3, 0.9), 0.0)
+    for seed in range(5):
+        W, moments = two_halves(seed)
+        _, plenty = two_halves(seed, tokens=20_000)
+        for percdamp in left:
+            D = compensate(W, moments, "a", percdamp)[0] - W
+            left[percdamp] += float(((D @ plenty.H - 2 * plenty.gaps.missing(W, "a")) * D).sum())
+    best = min(left[percdamp] for percdamp in left if percdamp)
+    assert best < 0 and left[0.0] < best
+
+
+def test_nothing_is_believed_of_what_is_all_chance_and_all_of_what_is_not() -> None:
+    W, moments = two_halves(1)
+    chance = Moments(moments.H, moments.gaps, moments.gaps)
+    assert torch.equal(compensate(W, chance, "a", 0)[0], W)
+    none = {name: torch.zeros_like(x) for name, x in moments.gaps.residual.items()}
+    sure = Moments(moments.H, moments.gaps, Gaps(moments.gaps.cross, none))
+    expected, _ = compensate(W, moments, "a", LEAST_DAMPING)
+    torch.testing.assert_close(compensate(W, sure, "a", 0)[0], expected, atol=1e-9, rtol=1e-6)
+    one_batch, damping = compensate(W, Moments(moments.H, moments.gaps), "a", 0)
+    assert damping == DAMPING
+    assert torch.equal(one_batch, compensate(W, moments, "a", DAMPING)[0])
 
 
 def test_outputs_that_are_not_finite_name_the_block(tiny_model: TinyModel) -> None:
@@ -344,7 +425,7 @@ def test_each_linear_meets_what_the_ones_before_it_really_deliver(
 ) -> None:
     scene = Scene(tiny_model(architecture))
     original = copy.deepcopy(scene.block)
-    recipe = Recipe(hessian_tokens=hessian_tokens)
+    recipe = Recipe(hessian_tokens=hessian_tokens, compensate_damp=0)
     quantizer, done, given = run_and_record(scene, recipe, monkeypatch)
     targets = [run_block(original, x, scene.call) for x in scene.streams.fp]
     assert all(map(torch.equal, quantizer.targets, targets)) and not quantizer.second
@@ -367,12 +448,22 @@ def test_each_linear_meets_what_the_ones_before_it_really_deliver(
             full = f"{scene.name}.{name}"
             gap = torch.cat(gaps[name]) if gaps[name] else None
             expected, found = moments_of(x_f, x_q, w, gap, full), given[full]
-            for a, b in ((found.H, expected.H), (found.cross, expected.cross)):
-                torch.testing.assert_close(a.double(), b, atol=1e-4 * float(b.abs().max()), rtol=0)
-            assert found.residual.keys() & {full} == expected.residual.keys()
+            # of the tokens of every other batch
+            sign = torch.cat(
+                [torch.full_like(t, (-1) ** place) for place, t in enumerate(tokens["w"])]
+            )
+            apart = moments_of(x_f, x_q, w, gap, full, sign).gaps
+            pairs = [(found.H, expected.H), (found.gaps.cross, expected.gaps.cross)]
+            assert (found.chance is None) == (len(chosen) == 1)
+            if found.chance is not None:
+                pairs.append((found.chance.cross, apart.cross))
+            assert found.gaps.residual.keys() & {full} == expected.gaps.residual.keys()
             if gap is not None:
-                a, b = found.residual[full].double(), expected.residual[full]
-                torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max()), rtol=0)
+                pairs.append((found.gaps.residual[full], expected.gaps.residual[full]))
+                if found.chance is not None:
+                    pairs.append((found.chance.residual[full], apart.residual[full]))
+            for a, b in pairs:
+                torch.testing.assert_close(a.double(), b, atol=1e-4 * float(b.abs().max()), rtol=0)
             W_hat = done.weights[name].dequantize()
             set_weight(find_linears(mixed)[name], W_hat)
             assert torch.equal(weight_of(scene.linears[name]), W_hat)

@@ -29,6 +29,7 @@ FLOORS: dict[str, int] = {
     "pbq.pack": 2,
     "pbq.ranks": 2,
     "pbq.heap": 2,
+    "pbq.compensation": 3,
     "pbq.methods": 3,
     "pbq.tunable": 3,
     "pbq.tune": 3,

@@ -41,8 +41,6 @@ SWEEPS = 3
 # Tokens behind each Hessian; segments of a given text, where it has as many; steps of distillation
 HESSIAN_TOKENS = {"fast": 16384, "default": 98304, "best": 131072}
 ROWS = {"fast": 0, "default": 104, "best": 136}
-# Of `blocks.compensate`: what tokens that it was not fitted to like best
-COMPENSATE_DAMP = {"fast": 0.3, "default": 0.1, "best": 0.1}
 STEPS = {"fast": 30, "default": 300, "best": 1000}
 
 
@@ -95,7 +93,7 @@ class Waterfill:
             sweeps=SWEEPS,
             hessian_tokens=HESSIAN_TOKENS[config.effort],
             rows=ROWS[config.effort],
-            compensate_damp=COMPENSATE_DAMP[config.effort],
+            compensate_damp=0.0,
             importance=True,
             sensitivity=True,
             token_noise=0.1,
