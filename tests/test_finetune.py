@@ -34,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, source: Path, text: Path) -> 
     def once(faithful: bool) -> Path:
         if faithful not in done:
             done[faithful] = tmp_path_factory.mktemp("finetune") / "out"
-            config = QuantConfig(method="pb-llm", bits=3.5, effort="fast", faithful=faithful,
+            config = QuantConfig(method="pb-llm", bits=3.0, effort="fast", faithful=faithful,
                                  nsamples=8, seqlen=32, calib=str(text))  # fmt: skip
             pipeline.quantize(str(source), done[faithful], config)
         return done[faithful]
