@@ -70,10 +70,11 @@ class PlanInput:
     shape: (n, k). w_sq [k]: sum of squares of each column. W [n, k] may be read from the disk when
     it is asked for: ask layer after layer, in the order given, and never for its shape.
     sensitivity: nats that the model loses with this layer alone rounded at the promised bits, where
-    that was measured (pbq.sensitivity).
+    that was measured (pbq.sensitivity). depth: share of the model's blocks that lie before its own.
     """
 
     sensitivity: float | None = None
+    depth: float = 0.0
 
     def __init__(
         self,
@@ -191,6 +192,8 @@ TRELLIS_DISTORTION = (1.0, 0.2864, 0.0887, 0.0280, 0.00875)
 FALL = math.sqrt(DISTORTION[1] / DISTORTION[3])
 # Least and most bits of a layer beside another, as shares of the promised ones.
 SPREAD = 0.4, 2.0
+# Depth at which nats would count nothing, below the first block, see `discounted`.
+FULL_DISCOUNT = -0.13
 # Planes of the tiers a layer may be made of: every set of plane counts.
 _MIXES = [
     mix
@@ -368,6 +371,15 @@ def waterfill_each(
         plans[name] = layer.plan(choice)
         left -= choice.bits
     return plans
+
+
+def discounted(nats: float, depth: float) -> float:
+    """What nats lost by a layer alone count in a reconstructed model, up to a common factor.
+
+    Every block is aimed at the original output given its own inputs, so that it makes up for some
+    of what the blocks before it lose, and the first have most behind them: docs/methods.md.
+    """
+    return nats * math.sqrt(depth - FULL_DISCOUNT)
 
 
 def bits_by_sensitivity(

@@ -92,7 +92,9 @@ class Layers:
         for name, module in linears.items():
             W = weight_of(module)
             load = partial(self._weight, index, name)
-            found[name] = PlanInput(load, stats[name], (W.shape[0], W.shape[1]), column_energy(W))
+            layer = PlanInput(load, stats[name], (W.shape[0], W.shape[1]), column_energy(W))
+            layer.depth = index / len(self._loader.blocks)
+            found[name] = layer
         return found
 
     def _weight(self, index: int, name: str) -> Tensor:

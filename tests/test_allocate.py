@@ -15,6 +15,7 @@ from pbq.allocate import (
     SPREAD,
     LayerPlan,
     bits_by_sensitivity,
+    discounted,
     most_columns,
     stored_bits,
     tiers_of,
@@ -308,6 +309,12 @@ def test_bits_stay_within_the_spread_and_on_average_as_promised(bits):
     assert found["q"] == pytest.approx(SPREAD[0] * bits)
     assert found["k"] == pytest.approx(SPREAD[1] * bits)
     assert average(found) == pytest.approx(bits)
+
+
+def test_nats_lost_early_count_less_by_the_root_of_the_depth():
+    found = [discounted(0.3, depth) for depth in (0.0, 0.39, 0.91)]
+    assert found == pytest.approx([found[0], 2 * found[0], found[0] * 8**0.5])
+    assert discounted(0.6, 0.39) == pytest.approx(2 * found[1])
 
 
 def test_each_layer_may_have_its_own_bits():

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pbq import methods
-from pbq.allocate import ChannelStats, LayerPlan, PlanInput, stored_bits
+from pbq.allocate import FALL, ChannelStats, LayerPlan, PlanInput, discounted, stored_bits
 from pbq.config import EFFORTS, QuantConfig
 from pbq.errors import UsageError
 from pbq.grid import Quantized
@@ -527,3 +527,20 @@ def test_faithful_bits_by_the_paper_and_in_truth() -> None:
         tiers = (Tier(1, k - c, offset=True), Tier(4, c, tied=True, offset=True))
         plans[n] = LayerPlan(tiers, torch.zeros(k, dtype=torch.uint8), column_scale=True)
     assert stored_bits(plans, rows) == pytest.approx(1.73, abs=0.02)
+
+
+# waterfill
+
+
+def test_of_layers_alike_the_later_gets_more_bits() -> None:
+    config, case = QuantConfig(bits=2.0), layer(64, 384)
+    inputs = {f"{i}": PlanInput(case.W, case.stats(gradients=False)) for i in range(3)}
+    for i, one in enumerate(inputs.values()):
+        one.sensitivity, one.depth = 1e-3, i / 3
+    plans = methods.get("waterfill", config).plan(inputs, config)
+    stored = [plan.layout(64).bits_per_weight for plan in plans.values()]
+    nats = [discounted(1e-3, i / 3) for i in range(3)]
+    further = math.log(nats[2] / nats[0]) / math.log(FALL)
+    assert stored[0] < stored[1] < stored[2]
+    assert stored[2] - stored[0] == pytest.approx(further, abs=0.1)
+    assert stored_bits(plans, dict.fromkeys(plans, 64)) <= 2.0

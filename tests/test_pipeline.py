@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pbq import checkpoint, experts, linear, pipeline, planning, work
+from pbq.allocate import discounted
 from pbq.blocks import BlockQuantizer, Streams
 from pbq.config import QuantConfig
 from pbq.distilling import last_hidden, steps_of
@@ -566,7 +567,11 @@ def test_bits_go_to_the_layers_that_the_model_is_sensitive_to(
     assert report.seconds["sensitivities"] > 0
     # layers of one shape: scales and masks take the same share of their bits
     same = [name for name in stored if name.endswith(("gate_proj", "up_proj"))]
-    by_nats = sorted(same, key=lambda name: report.sensitivities[name])
+    nats = {
+        name: discounted(report.sensitivities[name], int(name.split(".")[2]) / len(report.blocks))
+        for name in same
+    }
+    by_nats = sorted(same, key=lambda name: nats[name])
     assert stored[by_nats[0]] < stored[by_nats[-1]]
     assert report.bits <= 2.5
 

@@ -21,6 +21,7 @@ from pbq.allocate import (
     LayerPlan,
     PlanInput,
     bits_by_sensitivity,
+    discounted,
     waterfill_each,
 )
 from pbq.config import QuantConfig
@@ -39,9 +40,9 @@ SCALE_BITS = 8
 # Over the codes. The second and third take 1 to 5 % more of q_proj's and k_proj's error.
 SWEEPS = 3
 # Tokens behind each Hessian; segments of a given text, where it has as many; steps of distillation
-HESSIAN_TOKENS = {"fast": 16384, "default": 98304, "best": 131072}
-ROWS = {"fast": 0, "default": 104, "best": 136}
-STEPS = {"fast": 30, "default": 300, "best": 1000}
+HESSIAN_TOKENS = {"fast": 16384, "default": 163840, "best": 262144}
+ROWS = {"fast": 0, "default": 172, "best": 264}
+STEPS = {"fast": 30, "default": 250, "best": 1000}
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,11 @@ class Waterfill:
         damage = {n: x.stats.x_sq * x.w_sq for n, x in layers.items()}
         rows = {n: x.shape[0] for n, x in layers.items()}
         kept = TRELLIS_DISTORTION if self.memory else DISTORTION
-        nats = {n: x.sensitivity for n, x in layers.items() if x.sensitivity is not None}
+        nats = {
+            n: discounted(x.sensitivity, x.depth)
+            for n, x in layers.items()
+            if x.sensitivity is not None
+        }
         if len(nats) < len(layers):
             return waterfill_each(damage, rows, config.bits, self.tiers, kept, self.scale_bits)
         weights = {n: x.shape[0] * x.shape[1] for n, x in layers.items()}
