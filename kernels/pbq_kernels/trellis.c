@@ -10,7 +10,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
-#define MOST_STATES 256
+#define MOST_STATES 4096
 
 /* A path's last bits, the newest lowest, are a state; the bit that enters moves them up. */
 typedef struct {
@@ -87,7 +87,9 @@ typedef void (*Search)(const Code *, int, int64_t, const float *, const float *,
         case 4: search(c, 4, n, x, square, oldest, codes); break;                                \
         case 16: search(c, 16, n, x, square, oldest, codes); break;                              \
         case 64: search(c, 64, n, x, square, oldest, codes); break;                              \
-        default: search(c, 256, n, x, square, oldest, codes); break;                             \
+        case 256: search(c, 256, n, x, square, oldest, codes); break;                            \
+        case 1024: search(c, 1024, n, x, square, oldest, codes); break;                          \
+        default: search(c, 4096, n, x, square, oldest, codes); break;                            \
         }                                                                                        \
     }
 
@@ -113,7 +115,7 @@ static int parity(int x) { return __builtin_popcount((unsigned)x) & 1; }
 
 /* x [sequences, n], scale [n] -> codes [sequences, n]: of all sequences of levels scale * (2 code -
  * steps) that the trellis holds, the one nearest to each x. h1, h0: what of the last bits makes the
- * two low bits of a code; bit 0 is in h1 only. memory 2, 4, 6 or 8. Returns 0, or -1 without memory. */
+ * two low bits of a code; bit 0 is in h1 only. memory 2, 4, … 12. Returns 0, or -1 without memory. */
 EXPORT int pbq_trellis(const float *x, const float *scale, int64_t sequences, int64_t n, int planes,
                        int memory, int h1, int h0, uint8_t *codes, int threads) {
     const int states = 1 << memory;

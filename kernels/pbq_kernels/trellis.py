@@ -20,7 +20,14 @@ from torch import Tensor
 
 # (h1, h0) by memory. Bit 0 of h1 is set and h0 is a single bit, which is what `stored_codes` needs.
 # The first two are Ungerboeck's, the others the best on a Gaussian of some hundred drawn at random.
-POLYNOMIALS = {2: (0o5, 0o2), 4: (0o23, 0o4), 6: (0o147, 0o2), 8: (0o615, 0o2)}
+POLYNOMIALS = {
+    2: (0o5, 0o2),
+    4: (0o23, 0o4),
+    6: (0o147, 0o2),
+    8: (0o615, 0o2),
+    10: (0o3047, 0o2),
+    12: (0o15107, 0o2),
+}
 
 
 def level_codes(stored: Tensor, memory: int) -> Tensor:
