@@ -29,7 +29,7 @@ from pbq.grid import Quantized
 from pbq.hessian import proxy_loss
 from pbq.methods import Method, ptq161
 from pbq.pack import pack, unpack
-from pbq_kernels import PackedWeight, Tier
+from pbq_kernels import PackedWeight, Tier, paths
 from pbq_kernels.reference import dequantize
 
 # As published: --effort and --faithful change nothing.
@@ -544,3 +544,15 @@ def test_of_layers_alike_the_later_gets_more_bits() -> None:
     assert stored[0] < stored[1] < stored[2]
     assert stored[2] - stored[0] == pytest.approx(further, abs=0.1)
     assert stored_bits(plans, dict.fromkeys(plans, 64)) <= 2.0
+
+
+@pytest.mark.skipif(paths.compiled() is None, reason="no compiled CPU kernels")
+def test_best_searches_more_paths() -> None:
+    case = layer(64, 384)
+    found = {}
+    for effort in ("default", "best"):
+        config = QuantConfig(bits=1.61, effort=effort)
+        method = methods.get("waterfill", config)
+        tiers = planned(method, config, {"a": case})["a"].tiers
+        found[effort] = {tier.trellis for tier in tiers if tier.planes}
+    assert found == {"default": {8}, "best": {12}}

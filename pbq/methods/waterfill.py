@@ -35,7 +35,7 @@ from pbq_kernels.paths import compiled
 log = logging.getLogger(__name__)
 
 # Memory of the trellis of every tier: 256 states leave 4 % less of a Gaussian than 16, and 4096
-# another 2 %, for ten times the time of a search.
+# another 2 %, for fifteen times the time of a search.
 MEMORY = {"fast": 8, "default": 8, "best": 12}
 SCALE_BITS = 8
 # Over the codes. The second and third take 1 to 5 % more of q_proj's and k_proj's error.

@@ -142,6 +142,18 @@ def test_a_gaussian_loses_a_sixth_to_a_fifth_less(planes: int, plain: float) -> 
     assert left[1] < 0.8 * plain
 
 
+@needs_compiler
+def test_more_states_leave_less() -> None:
+    torch.manual_seed(0)
+    x, scale = torch.randn(100, 600), torch.full((600,), 0.4)
+    left = [
+        float(error(x, nearest_path(x, scale, 2, m), scale, 2).mean()) / 600
+        for m in sorted(POLYNOMIALS)
+    ]
+    assert left == sorted(left, reverse=True)
+    assert left[-1] < 0.985 * left[-3]
+
+
 def packed(n: int, k: int, memory: int) -> PackedWeight:
     """Tiers of 0, 1, 2 and 3 stored planes, two of them with a trellis."""
     a, b, c = k // 4, k // 3, k // 5
