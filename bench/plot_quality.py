@@ -3,7 +3,7 @@
     python bench/plot_quality.py            # writes docs/quality.png
 
 Ours from quality.json (bench_quality.py), the papers' public code from peers.json, all on
-SmolLM2-135M-Instruct. Of several rows of one method and width the last is drawn.
+SmolLM2-135M-Instruct. Of several rows of one method and width the last of default effort is drawn.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ UNQUANTIZED = 20.58
 
 def ours() -> list[dict[str, Any]]:
     rows = json.loads((HERE / "results" / "quality.json").read_text())
-    last = {(row["method"], row["config"]["bits"]): row for row in rows}
+    last = {
+        (row["method"], row["config"]["bits"]): row
+        for row in rows
+        if row["config"]["effort"] == "default"
+    }
     return [
         {**row, "name": f"pbq {row['method']}", "ppl": row["ppl_wikitext2_40w"]}
         for row in last.values()
