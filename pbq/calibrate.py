@@ -32,16 +32,23 @@ STATISTICS_ROWS = 16
 class Calibration:
     """ids int64 [N, seqlen] and where they came from; their sha256 names the set.
 
-    further: other segments [M, seqlen] of the same text; only a distillation sees them.
+    clean: the same segments without the noise that ids may have; a distillation sees these.
+    further: other segments [M, seqlen] of the same text, for the distillation alone.
     """
 
     ids: Tensor
     source: str
     further: Tensor
+    clean: Tensor
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(torch.cat([self.ids, self.further]).numpy().tobytes()).hexdigest()
+        every = [self.ids, self.further] + [self.clean] * self.noisy
+        return hashlib.sha256(torch.cat(every).numpy().tobytes()).hexdigest()
+
+    @property
+    def noisy(self) -> bool:
+        return not torch.equal(self.ids, self.clean)
 
     def label(self) -> str:
         n, length = self.ids.shape
@@ -96,12 +103,13 @@ def load_calibration(
         ]
         # a batch, and a subset that is evenly spread, should hold every kind
         generator = torch.Generator().manual_seed(seed)
-        ids = _shuffled([each.ids for each in found], generator)
-        behind = _shuffled([each.further for each in found], generator)
-        return Calibration(ids, " + ".join(each.source for each in found), behind[:further])
+        ids, clean = _shuffled(generator, [c.ids for c in found], [c.clean for c in found])
+        (behind,) = _shuffled(generator, [c.further for c in found])
+        name = " + ".join(each.source for each in found)
+        return Calibration(ids, name, behind[:further], clean)
     if source == "self":
         ids = sample_from_model(model, tokenizer, nsamples, seqlen, seed, progress)
-        return Calibration(ids, f"sampled from the model itself, seed {seed}", ids[:0])
+        return Calibration(ids, f"sampled from the model itself, seed {seed}", ids[:0], ids)
     path = Path(source)
     looks_local = path.exists() or path.suffix in {".txt", ".jsonl", ".json", ".raw", ".md"}
     texts = _read_file(path) if looks_local else _read_dataset(source)
@@ -124,17 +132,17 @@ def load_calibration(
             f"{name}: {len(ids)} tokens, but {nsamples} x {seqlen} = {needed} are needed; "
             f"use a longer text{f', --nsamples {rows}' if rows else ''} or a smaller --seqlen"
         )
-    segments = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
-    if token_noise:
-        name += f" with {100 * token_noise:g} % of other tokens"
-        name += f" and words for {PLACEHOLDER}" * (filled > 0)
-        ordinary, _ = ordinary_tokens(model, tokenizer)
-        segments = with_noise(segments, token_noise, ordinary, seed)
-    segments = segments[: nsamples + more + further]
+    segments = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[: nsamples + more + further]
     count = min(nsamples + more, len(segments))
     chosen = torch.zeros(len(segments), dtype=torch.bool)
     chosen[evenly(len(segments), count) if more else slice(count)] = True
-    return Calibration(segments[chosen], name, segments[~chosen])
+    clean = fitted = segments[chosen]
+    if token_noise:
+        name += f" with {100 * token_noise:g} % of other tokens for the blocks"
+        name += f" and words for {PLACEHOLDER}" * (filled > 0)
+        ordinary, _ = ordinary_tokens(model, tokenizer)
+        fitted = with_noise(clean, token_noise, ordinary, seed)
+    return Calibration(fitted, name, segments[~chosen], clean)
 
 
 def evenly(total: int, count: int) -> list[int]:
@@ -152,7 +160,8 @@ def with_noise(ids: Tensor, share: float, tokens: Tensor, seed: int) -> Tensor:
     """`ids` with about that share of them replaced by others, drawn evenly from `tokens`.
 
     A text of 65,000 tokens holds a fraction of a vocabulary, and what is fitted to it loses most
-    where the others occur. What the original model makes of them is as good a target as any.
+    where the others occur. What the original model makes of them is as good a target as any, for
+    linears that are rebuilt one by one; a model that is trained as a whole learns more without.
     """
     generator = torch.Generator().manual_seed(seed)
     replaced = torch.rand(ids.shape, generator=generator) < share
@@ -182,10 +191,11 @@ def made_up_words(tokenizer: Any, seed: int) -> Iterator[str]:
         yield start + "".join(ends[drawn(len(ends))] for _ in range(more))
 
 
-def _shuffled(parts: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-    """The rows of all parts in random order."""
-    rows = torch.cat(list(parts))
-    return rows[torch.randperm(len(rows), generator=generator)]
+def _shuffled(generator: torch.Generator, *each: Sequence[Tensor]) -> list[Tensor]:
+    """The rows of all parts in random order, the same for each list of parts."""
+    rows = [torch.cat(list(parts)) for parts in each]
+    order = torch.randperm(len(rows[0]), generator=generator)
+    return [x[order] for x in rows]
 
 
 def _tokenize(texts: Iterable[str], tokenizer: Any, needed: int) -> Tensor:

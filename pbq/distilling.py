@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from pbq.models import run_tail, weight_of
 from pbq.pack import pack, unpack
+from pbq.spill import HiddenStates
 from pbq.tunable import tunable
 from pbq.tune import (
     STEP_TOKENS,
@@ -108,6 +109,19 @@ def last_hidden(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor) -> T
     finally:
         handle.remove()
     return found[0]
+
+
+def all_last_hidden(
+    model: PreTrainedModel,
+    blocks: nn.ModuleList,
+    rows: Sequence[Tensor],
+    into: HiddenStates,
+    progress: Progress,
+) -> None:
+    """Append `last_hidden` of every batch of rows."""
+    for i, ids in enumerate(rows):
+        into.append(last_hidden(model, blocks, ids))
+        progress(i + 1, len(rows))
 
 
 def steps_of(

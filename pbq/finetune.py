@@ -18,7 +18,7 @@ from pbq.attention import fast_attention
 from pbq.calibrate import Calibration, batches, load_calibration
 from pbq.config import QuantConfig
 from pbq.disk import check_space, read_json, size_text
-from pbq.distilling import distil_model, last_hidden
+from pbq.distilling import all_last_hidden, distil_model
 from pbq.errors import ResourceError, UsageError
 from pbq.evaluate import Perplexity
 from pbq.experts import unfuse
@@ -32,6 +32,7 @@ from pbq.pipeline import Observer, Silent
 from pbq.recipes import FILE_NAME as RECIPE_FILE
 from pbq.report import RunReport, write_beside
 from pbq.sources import resolve_source
+from pbq.spill import HiddenStates
 from pbq.tune import Distillation, Tuned
 from pbq.work import Keeper, Work, check_target
 
@@ -142,10 +143,8 @@ def _train(
     """Leaves the better numbers in `student`."""
     rows = batches(calibration.ids.to(loader.device), BATCH)
     observer.stage("original model", len(rows))
-    hidden = []
-    for i, ids in enumerate(rows):
-        hidden.append(last_hidden(loader.model, loader.blocks, ids))
-        observer.step(i + 1, len(rows))
+    hidden = HiddenStates()
+    all_last_hidden(loader.model, loader.blocks, rows, hidden, observer.step)
     observer.stage("finetuning", training.steps)
     found, gains, tuned = distil_model(
         loader.model,

@@ -26,9 +26,12 @@ def kept_calibration(work: Work, make: Callable[[], Calibration]) -> Calibration
     if not work.has("calibration"):
         made = make()
         tensors = {"ids": made.ids, "further": made.further}
+        if made.noisy:
+            tensors["clean"] = made.clean
         work.save("calibration", tensors, {"source": made.source})
     tensors, meta = work.load("calibration")
-    return Calibration(tensors["ids"], meta["source"], tensors["further"])
+    ids = tensors["ids"]
+    return Calibration(ids, meta["source"], tensors["further"], tensors.get("clean", ids))
 
 
 class Finished(Mapping[str, PackedWeight]):

@@ -139,8 +139,10 @@ def seconds(
         # the original model: its head alone, on kept hidden states, but the whole on further text
         further = 0 if config.calib == "self" else steps * STEP_TOKENS / config.seqlen
         again = 2 * weights * further / (rows + further)
-        operations = STEP_TOKENS * (6 * weights + again + 8 * head)
-        found["distillation"] = steps * operations / speed.model
+        operations = steps * STEP_TOKENS * (6 * weights + again + 8 * head)
+        if recipe.token_noise and config.calib != "self":  # blocks have seen another text
+            operations += 2 * weights * tokens
+        found["distillation"] = operations / speed.model
     found = {stage: time / EFFICIENCY for stage, time in found.items()}
     columns = sum(k * speed.column + n * k * speed.entry for n, k in shapes.values())
     return {s: t + columns * (s in ("blocks", "sensitivities")) for s, t in found.items()}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from pbq.blockwise import Layers, ScoredText, through_block
 from pbq.calibrate import STATISTICS_ROWS, Calibration, batches, load_calibration, most_rows
 from pbq.config import QuantConfig
 from pbq.disk import check_space
-from pbq.distilling import Functional, distil_model
+from pbq.distilling import Functional, all_last_hidden, distil_model
 from pbq.errors import DataError, UsageError
 from pbq.evaluate import WINDOW, Perplexity, TokenizedText, tokenize_file
 from pbq.experts import unfuse
@@ -469,7 +469,8 @@ class _Run:
         unfinished = [i for i in range(len(self.blocks)) if not work.has(block_key(i))]
         distils = self.recipe.distillation is not None and not work.has("distillation")
         hidden = recording.hidden
-        if not (unfinished or distils):  # nothing is left that would look at them
+        # nothing is left that would look at them, nor at what the original makes of them
+        if not (unfinished or (distils and not calibration.noisy)):
             hidden.close()
             hidden = HiddenStates()
         streams = Streams(hidden, hidden)
@@ -480,35 +481,31 @@ class _Run:
                 streams = self._block(work, block, i, calls[0], streams, plans, spill, feeds=feeds)
             self.observer.step(i + 1, len(self.blocks))
         finished = Finished(work, self.loader.name, len(self.blocks), self.loader.device)
+        if calibration.noisy:
+            streams.close()
         if self.recipe.distillation is not None:
-            further, size = calibration.further.to(self.loader.device), len(rows[0])
-            whole = range(0, len(further) - size + 1, size)
-            rows = [*rows, *(further[i : i + size] for i in whole)]
-            finished.replace_by(self._distil(work, finished, rows, streams.fp))
+            finished.replace_by(self._distil(work, finished, calibration, streams.fp))
         streams.close()
         return finished
 
     def _distil(
-        self,
-        work: Work,
-        finished: Finished,
-        rows: Sequence[Tensor],
-        hidden: Sequence[Tensor],
+        self, work: Work, finished: Finished, calibration: Calibration, hidden: HiddenStates
     ) -> dict[str, Tensor]:
         """Train the whole model towards the original.
 
-        hidden: the last hidden states of the original on as many of the rows as blocks were fitted
-        to.
+        hidden: the last hidden states of the original on the segments that blocks were fitted to,
+        if those have no noise.
         """
         settings = self.recipe.distillation
         assert settings is not None
         if work.has("distillation"):
             tensors, meta = work.load("distillation")
         else:
-            self.observer.stage("distillation", settings.steps)
             with self.report.timed("distillation"):
                 # rank 0 alone: a step is one row of text, which cannot be divided
-                tensors, meta = ranks.first(lambda: self._distilled(work, finished, rows, hidden))
+                tensors, meta = ranks.first(
+                    lambda: self._distilled(work, finished, calibration, hidden)
+                )
             work.save("distillation", tensors, meta)
             work.forget("training")
         self.report.distillation = meta["tuned"]
@@ -518,28 +515,41 @@ class _Run:
         self,
         work: Work,
         finished: Finished,
-        rows: Sequence[Tensor],
-        hidden: Sequence[Tensor],
+        calibration: Calibration,
+        hidden: HiddenStates,
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Packed tensors and norms by full name, and how the training went."""
         settings = self.recipe.distillation
         assert settings is not None
+        rows = batches(calibration.clean.to(self.loader.device), self.recipe.batch)
+        size, prefix = len(rows[0]), f"{self.loader.name}."
+        further = calibration.further.to(self.loader.device).split(size)
         with self.loader.whole():
-            for i, block in enumerate(self.blocks):
-                copy_norms(block, finished.block(i)[1])
+            if calibration.noisy:
+                self.observer.stage("original model", len(rows))
+                hidden = self._spill(work, calibration.clean.numel()).states()
+                all_last_hidden(self.model, self.blocks, rows, hidden, self.observer.step)
+            self.observer.stage("distillation", settings.steps)
+            gains = {n: p.detach().clone() for n, p in norms_of(self.model).items()}
+            for i in range(len(self.blocks)):
+                gains |= {
+                    f"{prefix}{i}.{name.removeprefix('norm.')}": gain
+                    for name, gain in finished.block(i)[1].items()
+                }
             packed, gains, tuned = distil_model(
                 self.model,
                 self.blocks,
                 dict(finished),
-                {n: p.detach().clone() for n, p in norms_of(self.model).items()},
+                gains,
                 finished.latent,
-                rows,
+                [*rows, *(batch for batch in further if len(batch) == size)],
                 hidden,
                 settings,
                 self.config.seed,
                 progress=self.observer.step,
                 keep=Keeper(work, "training"),
             )
+        hidden.close()
         self.observer.line(f"distillation  {tuned.in_words()}")
         tensors = flatten(packed) | {f"norm.{n}": gain for n, gain in gains.items()}
         return tensors, {"tuned": dataclasses.asdict(tuned)}

@@ -50,16 +50,19 @@ def test_noise_replaces_its_share_of_the_tokens(tmp_path, tiny_tokenizer, tiny_m
         return load_calibration(*arguments, **{**given, **other}, token_noise=share)
 
     plain, noisy = loaded(0.0), loaded(0.25)
-    assert (
-        noisy.label() == "a.txt with 25 % of other tokens, 100 x 100 tokens, distilled on 50 more"
-    )
-    for before, after in ((plain.ids, noisy.ids), (plain.further, noisy.further)):
-        assert after.shape == before.shape
-        changed = after[after != before]
-        assert len(changed) / before.numel() == pytest.approx(0.25, abs=0.03)
-        special = torch.tensor(tiny_tokenizer.all_special_ids)
-        assert not torch.isin(changed, special).any()
-        assert len(changed.unique()) > 30  # any token of the vocabulary
+    named = "a.txt with 25 % of other tokens for the blocks"
+    assert noisy.label() == f"{named}, 100 x 100 tokens, distilled on 50 more"
+    assert noisy.ids.shape == plain.ids.shape
+    changed = noisy.ids[noisy.ids != plain.ids]
+    assert len(changed) / plain.ids.numel() == pytest.approx(0.25, abs=0.03)
+    special = torch.tensor(tiny_tokenizer.all_special_ids)
+    assert not torch.isin(changed, special).any()
+    assert len(changed.unique()) > 30  # any token of the vocabulary
+    # a distillation has the text as it is
+    assert noisy.noisy and not plain.noisy
+    for found in (noisy, plain):
+        assert torch.equal(found.clean, plain.ids)
+        assert torch.equal(found.further, plain.further)
     assert torch.equal(noisy.ids, loaded(0.25).ids)
     assert not torch.equal(noisy.ids, loaded(0.25, seed=4).ids)
 
@@ -76,10 +79,12 @@ def test_the_models_own_text_has_no_noise(tmp_path, tiny_tokenizer, tiny_model):
             seqlen=16,
             seed=0,
             token_noise=share,
-        ).ids
+        )
 
-    same = (loaded(0.0) == loaded(0.5)).all(1)
+    plain, noisy = loaded(0.0), loaded(0.5)
+    same = (plain.ids == noisy.ids).all(1)
     assert same.sum() == 4
+    assert torch.equal(noisy.clean, plain.ids)  # row for row, in one random order
 
 
 class Pieces:
@@ -138,7 +143,8 @@ def test_placeholders_become_words_where_there_is_noise(tmp_path, tiny_tokenizer
         )
 
     filled = loaded(1e-9)  # a share that no token happens to be in
-    assert filled.label() == "a.txt with 1e-07 % of other tokens and words for <unk>, 5 x 40 tokens"
+    named = "a.txt with 1e-07 % of other tokens for the blocks and words for <unk>"
+    assert filled.label() == f"{named}, 5 x 40 tokens"
     said = tiny_tokenizer.decode(filled.ids.flatten().tolist()).replace(" ", "")
     pattern = "of@and@,@-@etal.".replace("@", "Kow(ing){0,2}")
     assert re.match(f"({pattern}){{3}}", said), said

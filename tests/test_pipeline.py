@@ -27,7 +27,7 @@ from pbq import checkpoint, experts, linear, pipeline, planning, work
 from pbq.allocate import discounted
 from pbq.blocks import BlockQuantizer, Streams
 from pbq.config import QuantConfig
-from pbq.distilling import last_hidden, steps_of
+from pbq.distilling import distil_model, last_hidden, steps_of
 from pbq.errors import (
     DataError,
     ModelError,
@@ -552,6 +552,39 @@ def test_distillation_is_reported_and_reloads(
     assert torch.equal(logits(loaded, ids), logits(done.model, ids))
     tuned = json.loads((done.out / "report.json").read_text())["distillation"]
     assert tuned["kept"] == (tuned["after"] < tuned["before"])
+
+
+def test_a_distillation_has_the_text_without_noise_and_the_original_as_it_was(
+    tiny_checkpoint: Callable[[str], Path],
+    config: QuantConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, given = tiny_checkpoint("llama"), {}
+
+    def noting(model: Any, blocks: Any, packed: Any, norms: Any, latent: Any, *rest: Any, **more):
+        given.update(norms=norms, rows=rest[0], hidden=list(rest[1]))
+        gains = {name: p.detach().clone() for name, p in model.named_parameters() if name in norms}
+        given.update(before=gains, logits=model(rest[0][-1], use_cache=False).logits)
+        return distil_model(model, blocks, packed, norms, latent, *rest, **more)
+
+    monkeypatch.setattr(pipeline, "distil_model", noting)
+    changed = {"method": "waterfill", "token_noise": 0.3, "block_epochs": 1.0, "seqlen": 24}
+    quantized(source, tmp_path / "out", dataclasses.replace(config, **changed))
+
+    original = AutoModelForCausalLM.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    encoded = tokenizer(Path(config.calib).read_text(), add_special_tokens=False).input_ids
+    segments = [encoded[i : i + 24] for i in range(0, len(encoded), 24)]
+    rows = [row.tolist() for batch in given["rows"] for row in batch]
+    assert len(rows) > 8 and all(row in segments for row in rows)
+    _, blocks = find_blocks(original)
+    assert 0 < len(given["hidden"]) < len(given["rows"])
+    for batch, hidden in zip(given["rows"], given["hidden"], strict=False):
+        assert torch.allclose(hidden, last_hidden(original, blocks, batch), atol=1e-6)
+    # norms start where the blocks left them, but the teacher keeps its own
+    assert torch.allclose(given["logits"], logits(original, given["rows"][-1]), atol=1e-5)
+    assert any(not torch.equal(given["norms"][n], own) for n, own in given["before"].items())
 
 
 def test_bits_go_to_the_layers_that_the_model_is_sensitive_to(
