@@ -1,130 +1,250 @@
 /* The nearest path of levels through a trellis: Viterbi's algorithm, the states side by side.
  *
- * trellis.py says what the code is, paths.py holds the slow twin. Plain C loops over states, which
- * compilers turn into vector instructions; compiled once for each kind of machine.
+ * trellis.py says what the code is, paths.py holds the slow twin. Every variant adds and compares
+ * the same float32 numbers, so the path does not depend on the machine.
  */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
 #define MOST_STATES 4096
 
-/* A path's last bits, the newest lowest, are a state; the bit that enters moves them up. */
+/* A path's last bits, the newest lowest, are a state; the bit that enters moves them up. States s
+ * and s + half, which differ in their oldest bit, thus both lead to 2 s (a 0 enters) and 2 s + 1.
+ * That bit and the one that enters each turn over the label's high bit and leave the low one, so
+ * these four steps have two labels: that of s and a 0, and the other with the same low bit. */
 typedef struct {
     int top; /* codes of a label: label + 4 * (0 to top) */
     float steps;
-    int32_t low[MOST_STATES], high[MOST_STATES]; /* the label's bits, when a 0 enters after a state;
-                                                    a 1 turns the high one over */
+    int half;                   /* of the states */
+    int row;                    /* bytes of decisions that a step takes */
+    uint8_t label[MOST_STATES]; /* of a state and a 0. Linear: label[s ^ t] = label[s] ^ label[t] */
 } Code;
 
-INLINE float nearest(const Code *c, float x, int label) {
-    const float rest = rintf(((x + c->steps) * 0.5f - (float)label) * 0.25f);
-    const float top = (float)c->top;
-    return (float)label + 4 * (rest < 0 ? 0 : rest > top ? top : rest);
+/* n steps. cost, next [2 * half], aligned: of the states before them, and scratch; returns the one
+ * that ends with the costs after them. d [n][4]: what each label costs. Bit s of the decisions
+ * oldest [n][entered][half] becomes whether the better way to 2 s + entered is from s + half. */
+typedef float *Forward(const Code *c, int64_t n, const float *d, float *cost, float *next,
+                       uint8_t *oldest);
+
+/* A step from a block of states at a and the states that differ in the oldest bit, at b. same: what
+ * the labels of the block cost; zeros, ones: the decisions. */
+INLINE void pairs(const int lanes, const float *restrict a, const float *restrict b,
+                  const float *restrict same, const float *restrict other, float *restrict next,
+                  uint8_t *zeros, uint8_t *ones) {
+    static const int BIT[8] = {1, 2, 4, 8, 16, 32, 64, 128}; /* few CPUs shift by lane */
+    int zero = 0, one = 0;
+#pragma GCC unroll 1 /* what is unrolled early becomes no vector instructions */
+    for (int i = 0; i < lanes; i++) {
+        const float a0 = a[i] + same[i], b0 = b[i] + other[i];
+        const float a1 = a[i] + other[i], b1 = b[i] + same[i];
+        next[2 * i] = b0 < a0 ? b0 : a0;
+        next[2 * i + 1] = b1 < a1 ? b1 : a1;
+        zero |= -(b0 < a0) & BIT[i];
+        one |= -(b1 < a1) & BIT[i];
+    }
+    *zeros = (uint8_t)zero, *ones = (uint8_t)one;
 }
 
-/* One row: costs of the states before it -> costs after it, and which of the two states that lead to
- * each was better: the one without the oldest bit (0) or with it (1). Returns the least cost. */
-INLINE void advance(const Code *c, int states, const float d[4], const float *cost, float *next,
-                    uint8_t *oldest) {
-    const int half = states / 2;
-    const float d0 = d[0], d1 = d[1], d2 = d[2], d3 = d[3];
-    float zero[MOST_STATES], one[MOST_STATES]; /* cost of a 0 and of a 1 after each state */
-    for (int s = 0; s < states; s++) {
-        const float even = c->low[s] ? d1 : d0, odd = c->low[s] ? d3 : d2;
-        zero[s] = cost[s] + (c->high[s] ? odd : even);
-        one[s] = cost[s] + (c->high[s] ? even : odd);
-    }
-    for (int s = 0; s < half; s++) {
-        const int with = zero[s + half] < zero[s];
-        next[2 * s] = with ? zero[s + half] : zero[s];
-        oldest[s] = (uint8_t)with;
-    }
-    for (int s = 0; s < half; s++) {
-        const int with = one[s + half] < one[s];
-        next[2 * s + 1] = with ? one[s + half] : one[s];
-        oldest[half + s] = (uint8_t)with;
-    }
-}
-
-/* x [n] in units of a row's scale, square [n]: that scale squared; oldest [n][states]: scratch. */
-INLINE void search(const Code *c, int states, int64_t n, const float *x, const float *square,
-                   uint8_t *oldest, uint8_t *codes) {
-    float costs[2][MOST_STATES], *cost = costs[0], *next = costs[1];
-    for (int s = 0; s < states; s++) cost[s] = s ? 1e30f : 0;
-    for (int64_t t = 0; t < n; t++) {
-        float d[4];
-        for (int label = 0; label < 4; label++) {
-            const float e = x[t] - (2 * nearest(c, x[t], label) - c->steps);
-            d[label] = e * e * square[t];
+/* In blocks of 8, or of all where there are fewer. By linearity, the label of a block's first state
+ * says all of its labels. */
+INLINE float *advance(const int lanes, const Code *c, int64_t n, const float *d, float *cost,
+                      float *next, uint8_t *oldest) {
+    const int half = lanes < 8 ? lanes : c->half;
+    for (; n > 0; n--, d += 4, oldest += c->row) {
+        float distance[4][2][8]; /* if the first label is k: of a block's labels, of the others */
+        for (int k = 0; k < 4; k++)
+            for (int i = 0; i < lanes; i++)
+                distance[k][0][i] = distance[k ^ 2][1][i] = d[k ^ c->label[i]];
+        for (int s = 0; s < half; s += lanes) {
+            const float(*block)[8] = distance[c->label[s]];
+            uint8_t *decided = oldest + s / 8;
+            pairs(lanes, cost + s, cost + half + s, block[0], block[1], next + 2 * s, decided,
+                  decided + c->row / 2);
         }
-        advance(c, states, d, cost, next, oldest + t * states);
         float *before = cost;
         cost = next, next = before;
     }
-    int state = 0;
-    for (int s = 1; s < states; s++)
-        if (cost[s] < cost[state]) state = s;
-    for (int64_t t = n - 1; t >= 0; t--) {
-        const int entered = state & 1, rest = state >> 1;
-        const int before = rest | (oldest[t * states + entered * (states / 2) + rest] ? states / 2 : 0);
-        const int label = 2 * (c->high[before] ^ entered) + c->low[before];
-        codes[t] = (uint8_t)nearest(c, x[t], label);
-        state = before;
-    }
+    return cost;
 }
 
-typedef void (*Search)(const Code *, int, int64_t, const float *, const float *, uint8_t *, uint8_t *);
+static float *forward_plain(const Code *c, int64_t n, const float *d, float *cost, float *next,
+                            uint8_t *oldest) {
+    if (c->half == 2) return advance(2, c, n, d, cost, next, oldest);
+    return advance(8, c, n, d, cost, next, oldest);
+}
 
-/* A constant number of states lets the loops over them unroll. */
-#define DEFINE_SEARCH(NAME, TARGET)                                                               \
-    static TARGET void NAME(const Code *c, int states, int64_t n, const float *x,                \
-                            const float *square, uint8_t *oldest, uint8_t *codes) {              \
-        switch (states) {                                                                        \
-        case 4: search(c, 4, n, x, square, oldest, codes); break;                                \
-        case 16: search(c, 16, n, x, square, oldest, codes); break;                              \
-        case 64: search(c, 64, n, x, square, oldest, codes); break;                              \
-        case 256: search(c, 256, n, x, square, oldest, codes); break;                            \
-        case 1024: search(c, 1024, n, x, square, oldest, codes); break;                          \
-        default: search(c, 4096, n, x, square, oldest, codes); break;                            \
-        }                                                                                        \
-    }
-
-DEFINE_SEARCH(search_plain, )
 #ifdef __x86_64__
-DEFINE_SEARCH(search_avx2, __attribute__((target("avx2"))))
-DEFINE_SEARCH(search_avx512,
-              __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))))
+
+#define AVX2 __attribute__((target("avx2")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+
+static AVX2 float *forward_avx2(const Code *c, int64_t n, const float *d, float *cost, float *next,
+                                uint8_t *oldest) {
+    const int64_t half = c->half;
+    if (half < 8) return forward_plain(c, n, d, cost, next, oldest);
+    const __m256i lane = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)c->label));
+    for (; n > 0; n--, d += 4, oldest += c->row) {
+        const __m256 labels = _mm256_broadcast_ps((const __m128 *)d);
+        __m256 distance[4][2]; /* as above; a block fills a register */
+        for (int k = 0; k < 4; k++)
+            distance[k][0] = distance[k ^ 2][1] =
+                _mm256_permutevar_ps(labels, _mm256_xor_si256(lane, _mm256_set1_epi32(k)));
+        for (int64_t i = 0; i < half / 8; i++) {
+            const __m256 *block = distance[c->label[8 * i]];
+            const __m256 a = _mm256_load_ps(cost + 8 * i), b = _mm256_load_ps(cost + half + 8 * i);
+            const __m256 a0 = _mm256_add_ps(a, block[0]), b0 = _mm256_add_ps(b, block[1]);
+            const __m256 a1 = _mm256_add_ps(a, block[1]), b1 = _mm256_add_ps(b, block[0]);
+            const __m256 zero = _mm256_min_ps(b0, a0), one = _mm256_min_ps(b1, a1);
+            const __m256 low = _mm256_unpacklo_ps(zero, one), high = _mm256_unpackhi_ps(zero, one);
+            _mm256_store_ps(next + 16 * i, _mm256_permute2f128_ps(low, high, 0x20));
+            _mm256_store_ps(next + 16 * i + 8, _mm256_permute2f128_ps(low, high, 0x31));
+            oldest[i] = (uint8_t)_mm256_movemask_ps(_mm256_cmp_ps(b0, a0, _CMP_LT_OQ));
+            oldest[half / 8 + i] = (uint8_t)_mm256_movemask_ps(_mm256_cmp_ps(b1, a1, _CMP_LT_OQ));
+        }
+        float *before = cost;
+        cost = next, next = before;
+    }
+    return cost;
+}
+
+static AVX512 float *forward_avx512(const Code *c, int64_t n, const float *d, float *cost,
+                                    float *next, uint8_t *oldest) {
+    const int64_t half = c->half;
+    if (half < 16) return forward_avx2(c, n, d, cost, next, oldest);
+    const __m512i lane = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)c->label));
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    for (; n > 0; n--, d += 4, oldest += c->row) {
+        const __m512 labels = _mm512_broadcast_f32x4(_mm_loadu_ps(d));
+        __m512 distance[4][2];
+        for (int k = 0; k < 4; k++)
+            distance[k][0] = distance[k ^ 2][1] =
+                _mm512_permutevar_ps(labels, _mm512_xor_si512(lane, _mm512_set1_epi32(k)));
+#pragma GCC unroll 2
+        for (int64_t i = 0; i < half / 16; i++) {
+            const __m512 *block = distance[c->label[16 * i]];
+            const __m512 a = _mm512_load_ps(cost + 16 * i);
+            const __m512 b = _mm512_load_ps(cost + half + 16 * i);
+            const __m512 a0 = _mm512_add_ps(a, block[0]), b0 = _mm512_add_ps(b, block[1]);
+            const __m512 a1 = _mm512_add_ps(a, block[1]), b1 = _mm512_add_ps(b, block[0]);
+            const __m512 zero = _mm512_min_ps(b0, a0), one = _mm512_min_ps(b1, a1);
+            _mm512_store_ps(next + 32 * i, _mm512_permutex2var_ps(zero, low, one));
+            _mm512_store_ps(next + 32 * i + 16, _mm512_permutex2var_ps(zero, high, one));
+            const __mmask16 zeros = _mm512_cmp_ps_mask(b0, a0, _CMP_LT_OQ);
+            const __mmask16 ones = _mm512_cmp_ps_mask(b1, a1, _CMP_LT_OQ);
+            memcpy(oldest + 2 * i, &zeros, 2);
+            memcpy(oldest + half / 8 + 2 * i, &ones, 2);
+        }
+        float *before = cost;
+        cost = next, next = before;
+    }
+    return cost;
+}
+
 #endif
 
-static Search fastest(void) {
+INLINE float nearest(float top, float steps, float x, int label) {
+    const float rest = rintf(((x + steps) * 0.5f - (float)label) * 0.25f);
+    const float raised = rest > 0 ? rest : 0;
+    return (float)label + 4 * (raised < top ? raised : top);
+}
+
+/* x [n] in units of a row's scale, square [n]: that scale squared; d [n][4] and oldest: scratch. */
+INLINE void search(Forward *forward, const Code *c, int64_t n, const float *x, const float *square,
+                   float *d, uint8_t *oldest, uint8_t *restrict codes) {
+    const float top = (float)c->top, steps = c->steps;
+    for (int64_t t = 0; t < n; t++)
+        for (int label = 0; label < 4; label++) {
+            const float e = x[t] - (2 * nearest(top, steps, x[t], label) - steps);
+            d[4 * t + label] = e * e * square[t];
+        }
+    const unsigned half = (unsigned)c->half, states = 2 * half, side = (unsigned)c->row / 2;
+    float costs[2][MOST_STATES] __attribute__((aligned(64)));
+    for (unsigned s = 0; s < states; s++) costs[0][s] = s ? 1e30f : 0;
+    const float *cost = forward(c, n, d, costs[0], costs[1], oldest);
+    float least = cost[0];
+    for (unsigned s = 1; s < states; s++) least = cost[s] < least ? cost[s] : least;
+    unsigned state = 0;
+    while (state < states && cost[state] > least) state++;
+    state &= states - 1; /* if no cost is a number, the first, to which a path leads */
+    const uint8_t *row = oldest + n * c->row;
+    for (int64_t t = n - 1; t >= 0; t--) {
+        const unsigned entered = state & 1, rest = state >> 1;
+        row -= c->row;
+        const unsigned with = row[(entered ? side : 0) + (rest >> 3)] >> (rest & 7) & 1;
+        state = rest | (-with & half);
+        codes[t] = (uint8_t)(c->label[state] ^ 2 * entered);
+    }
+    for (int64_t t = 0; t < n; t++) codes[t] = (uint8_t)nearest(top, steps, x[t], codes[t]);
+}
+
+typedef void Search(const Code *, int64_t, const float *, const float *, float *, uint8_t *,
+                    uint8_t *);
+
+/* Compiled for each kind of machine: its loops over rows become vector instructions, too. */
+#define DEFINE_SEARCH(NAME, TARGET)                                                              \
+    static TARGET void search_##NAME(const Code *c, int64_t n, const float *x,                   \
+                                     const float *square, float *d, uint8_t *oldest,             \
+                                     uint8_t *codes) {                                           \
+        search(forward_##NAME, c, n, x, square, d, oldest, codes);                               \
+    }
+
+DEFINE_SEARCH(plain, )
+#ifdef __x86_64__
+DEFINE_SEARCH(avx2, AVX2)
+DEFINE_SEARCH(avx512, AVX512)
+#endif
+
+typedef struct {
+    const char *name;
+    Search *search;
+} Variant;
+
+/* The variants this machine can run, fastest first; without a name past the last. */
+static Variant variant(int index) {
+    Variant found[4] = {{0}};
+    int count = 0;
 #ifdef __x86_64__
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return search_avx512;
-    if (__builtin_cpu_supports("avx2")) return search_avx2;
+        found[count++] = (Variant){"avx512", search_avx512};
+    if (__builtin_cpu_supports("avx2")) found[count++] = (Variant){"avx2", search_avx2};
 #endif
-    return search_plain;
+    found[count++] = (Variant){"plain", search_plain};
+    return found[index < count ? index : count];
 }
 
-static int parity(int x) { return __builtin_popcount((unsigned)x) & 1; }
+static int chosen;
+
+/* For tests: this variant searches from now on. Its name, or NULL if there are not so many. */
+EXPORT const char *pbq_trellis_use(int index) {
+    const Variant v = variant(index);
+    if (v.name) chosen = index;
+    return v.name;
+}
 
 /* x [sequences, n], scale [n] -> codes [sequences, n]: of all sequences of levels scale * (2 code -
  * steps) that the trellis holds, the one nearest to each x. h1, h0: what of the last bits makes the
- * two low bits of a code; bit 0 is in h1 only. memory 2, 4, … 12. Returns 0, or -1 without memory. */
+ * two low bits of a code; bits 0 and memory are in h1 only. memory 2, 4, … 12. Returns 0, or -1
+ * without memory. */
 EXPORT int pbq_trellis(const float *x, const float *scale, int64_t sequences, int64_t n, int planes,
                        int memory, int h1, int h0, uint8_t *codes, int threads) {
-    const int states = 1 << memory;
-    Code c = {(1 << (planes - 2)) - 1, (float)((1 << planes) - 1), {0}, {0}};
-    for (int s = 0; s < states; s++) {
-        c.high[s] = parity((s << 1) & h1);
-        c.low[s] = parity((s << 1) & h0);
+    const int half = 1 << (memory - 1);
+    Code c = {.top = (1 << (planes - 2)) - 1, .steps = (float)((1 << planes) - 1)};
+    c.half = half, c.row = half < 8 ? 2 : half / 4;
+    for (int i = 0; i < memory; i++) {
+        const int bit = 2 * (h1 >> (i + 1) & 1) + (h0 >> (i + 1) & 1);
+        for (int s = 0; s < 1 << i; s++) c.label[s | 1 << i] = (uint8_t)(c.label[s] ^ bit);
     }
-    const Search run = fastest();
+    Search *const run = variant(chosen).search;
     float *square = malloc(2 * (size_t)n * sizeof(float));
     if (!square) return -1;
     float *inverse = square + n;
@@ -135,8 +255,9 @@ EXPORT int pbq_trellis(const float *x, const float *scale, int64_t sequences, in
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float *units = malloc((size_t)n * (sizeof(float) + (size_t)states));
-        uint8_t *oldest = (uint8_t *)(units + n);
+        float *units = malloc((size_t)n * (5 * sizeof(float) + (size_t)c.row));
+        float *d = units + n;
+        uint8_t *oldest = (uint8_t *)(d + 4 * n);
         if (!units) {
 #pragma omp atomic write
             failed = 1;
@@ -148,7 +269,7 @@ EXPORT int pbq_trellis(const float *x, const float *scale, int64_t sequences, in
                 const float v = x[i * n + t] * inverse[t];
                 units[t] = fabsf(v) < 1e15f ? v : 0;
             }
-            run(&c, states, n, units, square, oldest, codes + i * n);
+            run(&c, n, units, square, d, oldest, codes + i * n);
         }
         free(units);
     }

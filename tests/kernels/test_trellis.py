@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -26,6 +27,21 @@ from pbq_kernels.trellis import POLYNOMIALS, level_codes, stored_codes
 
 MEMORIES = sorted(POLYNOMIALS)
 needs_compiler = pytest.mark.skipif(paths.compiled() is None, reason="no compiled CPU kernels")
+
+
+@pytest.fixture
+def use() -> Iterator[Callable[[int], str | None]]:
+    """use(i): the i-th of the compiled variants searches, fastest first. Its name, or None."""
+    library = paths.compiled()
+    assert library is not None
+    library.pbq_trellis_use.restype = ctypes.c_char_p
+
+    def use_variant(index: int) -> str | None:
+        name = library.pbq_trellis_use(index)
+        return name.decode() if name else None
+
+    yield use_variant
+    use_variant(0)
 
 
 def levels(codes: Tensor, scale: Tensor, planes: int) -> Tensor:
@@ -111,6 +127,53 @@ def test_compiled_search_finds_what_torch_finds(memory: int, planes: int, c: int
     assert (found != slow).float().mean() < 0.01
     # what stands beside a column does not change it
     assert torch.equal(nearest_path(x[c // 2 :][:1], scale, planes, memory)[0], found[c // 2])
+
+
+def awkward(kind: str, c: int, n: int) -> tuple[Tensor, Tensor]:
+    """x [c, n], scale [n]."""
+    generator = torch.Generator().manual_seed(n)
+    x, scale = torch.randn(c, n, generator=generator), torch.full((n,), 0.4)
+    if kind == "random":
+        scale = torch.rand(n, generator=generator) * 0.3 + 0.02
+    elif kind == "all zero":  # labels cost the same two by two
+        x.zero_()
+    elif kind == "ties":  # between codes, between labels and between paths
+        x, scale = (x * 4).round() / 2, torch.full((n,), 0.5)
+    elif kind == "scales of zero":
+        scale[::3] = 0
+    elif kind == "huge":
+        x, scale = x * 1e30, torch.full((n,), 1e25)
+    return x, scale
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["random", "all zero", "ties", "scales of zero", "huge"])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_every_variant_finds_the_same_path(
+    memory: int, kind: str, use: Callable[[int], str | None]
+) -> None:
+    """So a seed gives the same file on every machine."""
+    variants = [name for i in range(4) if (name := use(i))]
+    assert variants[-1] == "plain"
+    for planes, n in [(2, 1), (3, 2), (2, 13), (4, 33), (2, 200)]:
+        x, scale = awkward(kind, 3, n)
+        found = []
+        for i in range(len(variants)):
+            use(i)
+            found.append(nearest_path(x, scale, planes, memory))
+            assert torch.equal(found[i], found[0]), (variants[i], planes, n)
+        stored_codes(found[0].T.contiguous(), memory)  # a path
+        if kind != "huge" and n < 50:
+            slow = nearest_path_naive(x, scale, planes, memory)
+            torch.testing.assert_close(
+                error(x, found[0], scale, planes), error(x, slow, scale, planes)
+            )
+
+
+def test_polynomials_are_what_the_compiled_search_needs() -> None:
+    for memory, (h1, h0) in POLYNOMIALS.items():
+        assert h1 & 1 and h1 >> memory == 1
+        assert not h0 & 1 and not h0 >> memory
 
 
 @needs_compiler

@@ -1,10 +1,11 @@
-/* trellis.c over exactly sized buffers: every kind of machine, awkward sizes, wild numbers. The path
- * found must be one, and no worse than the path of zeros. */
+/* trellis.c over exactly sized buffers: every variant, awkward sizes, wild numbers. The path found
+ * must be one, no worse than the path of zeros, and that of the other variants. */
 #include <stdio.h>
 
 #include "trellis.c"
 
-static const int H1[] = {0, 0, 5, 0, 19, 0, 103, 0, 397}, H0[] = {0, 0, 2, 0, 4, 0, 2, 0, 2};
+static const int H1[] = {0, 0, 5, 0, 19, 0, 103, 0, 397, 0, 1575, 0, 6727};
+static const int H0[] = {0, 0, 2, 0, 4, 0, 2, 0, 2, 0, 2, 0, 2};
 
 static float level(const uint8_t *codes, const float *x, const float *scale, int64_t n, int planes) {
     float sum = 0;
@@ -14,6 +15,8 @@ static float level(const uint8_t *codes, const float *x, const float *scale, int
     }
     return sum;
 }
+
+static int parity(int x) { return __builtin_popcount((unsigned)x) & 1; }
 
 /* Whether the low planes of codes [n] are a path of the trellis: one is built along. */
 static int is_path(const uint8_t *codes, int64_t n, int memory) {
@@ -39,22 +42,31 @@ int main(void) {
     int checked = 0;
     unsigned random = 1;
     for (int size = 0; size < 5; size++)
-        for (int memory = 2; memory <= 8; memory += 2)
-            for (int planes = 2; planes <= 8; planes += 3, checked++) {
+        for (int memory = 2; memory <= 12; memory += 2)
+            for (int planes = 2; planes <= 8; planes += 3) {
                 const int64_t c = SIZES[size][0], n = SIZES[size][1];
                 float *x = malloc((size_t)(c * n) * sizeof *x), *scale = malloc((size_t)n * sizeof *x);
                 uint8_t *codes = malloc((size_t)(c * n)), *zeros = calloc((size_t)n, 1);
+                uint8_t *first = malloc((size_t)(c * n)); /* what the first variant finds */
                 for (int64_t i = 0; i < c * n; i++) {
                     random = random * 1664525u + 1013904223u;
                     x[i] = (float)(random >> 8) / 8388608.0f - 1;
                 }
                 for (int64_t t = 0; t < n; t++) scale[t] = t % 5 ? 0.3f : 0;
                 if (size == 3) x[7] = NAN, x[40] = INFINITY;
-                const int threads = 1 + checked % 3;
-                if (pbq_trellis(x, scale, c, n, planes, memory, H1[memory], H0[memory], codes, threads))
-                    return 2;
+                for (int v = 0; pbq_trellis_use(v); v++, checked++) {
+                    const int threads = 1 + checked % 3;
+                    if (pbq_trellis(x, scale, c, n, planes, memory, H1[memory], H0[memory], codes,
+                                    threads))
+                        return 2;
+                    if (!v) memcpy(first, codes, (size_t)(c * n));
+                    if (memcmp(first, codes, (size_t)(c * n))) {
+                        printf("%s in case %d\n", pbq_trellis_use(v), checked);
+                        return 1;
+                    }
+                }
                 for (int64_t i = 0; i < c; i++) {
-                    const uint8_t *own = codes + i * n;
+                    const uint8_t *own = first + i * n;
                     const float found = level(own, x + i * n, scale, n, planes);
                     if (!is_path(own, n, memory) ||
                         found > 1.0001f * level(zeros, x + i * n, scale, n, planes)) {
@@ -62,7 +74,7 @@ int main(void) {
                         return 1;
                     }
                 }
-                free(x), free(scale), free(codes), free(zeros);
+                free(x), free(scale), free(codes), free(first), free(zeros);
             }
     printf("%d cases\n", checked);
     return 0;
