@@ -188,8 +188,8 @@ def stored_bits(plans: Mapping[str, LayerPlan], rows: Mapping[str, int]) -> floa
 DISTORTION = (1.0, 0.3634, 0.1188, 0.03744, 0.01154)
 # The same with a trellis of memory 8 (pbq_kernels/trellis.py), measured on 180,000 numbers.
 TRELLIS_DISTORTION = (1.0, 0.2864, 0.0887, 0.0280, 0.00875)
-# What one bit more a weight divides the damage by: Max's table between one plane and three.
-FALL = math.sqrt(DISTORTION[1] / DISTORTION[3])
+# The same on uneven levels, where there are some.
+UNEVEN_DISTORTION = (1.0, 0.2843, 0.0809, 0.0225, 0.00875)
 # Least and most bits of a layer beside another, as shares of the promised ones.
 SPREAD = 0.4, 2.0
 # Depth at which nats would count nothing, below the first block, see `discounted`.
@@ -382,17 +382,26 @@ def discounted(nats: float, depth: float) -> float:
     return nats * math.sqrt(depth - FULL_DISCOUNT)
 
 
+def fall(kept: Sequence[float]) -> float:
+    """What one bit more a weight divides the damage by: `kept` (`waterfill`) at 1 to 3 planes."""
+    return math.sqrt(kept[1] / kept[3])
+
+
 def bits_by_sensitivity(
-    nats: Mapping[str, float], weights: Mapping[str, int], bits: float
+    nats: Mapping[str, float],
+    weights: Mapping[str, int],
+    bits: float,
+    kept: Sequence[float] = DISTORTION,
 ) -> dict[str, float]:
     """Bits for each layer, `bits` a weight on average, that leave the least sum of nats.
 
     nats: lost by each layer alone at `bits`, of so many weights. A bit more for a layer divides its
-    nats by FALL, so equal returns ask for b = bits + log_FALL(nats / weights) + constant, cut to
-    within SPREAD of `bits`: far from where nats were measured that law is a guess.
+    nats by f = `fall(kept)`, so equal returns ask for b = bits + log_f(nats / weights) + constant,
+    cut to within SPREAD of `bits`: far from where nats were measured that law is a guess.
     """
     least, most = bits * SPREAD[0], bits * SPREAD[1]
-    rates = {n: math.log(max(v, 1e-12) / weights[n]) / math.log(FALL) for n, v in nats.items()}
+    per_bit = math.log(fall(kept))
+    rates = {n: math.log(max(v, 1e-12) / weights[n]) / per_bit for n, v in nats.items()}
     budget = bits * sum(weights[n] for n in nats)
 
     def shifted(by: float) -> dict[str, float]:

@@ -116,6 +116,7 @@ def _grid_text(tier: Tier) -> str:
     offset = ", offset" if tier.offset else ""
     group = "" if tier.group_size == -1 else f", groups of {tier.group_size}"
     trellis = f", trellis of {2**tier.trellis} states" if tier.trellis else ""
+    trellis += ", uneven levels" * tier.uneven
     return f"{scales} scales{offset}{group}{trellis}"
 
 

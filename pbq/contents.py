@@ -92,7 +92,7 @@ def describe_layer(out: Path | str, name: str) -> LayerContents:
     scales = expand_scales(packed.layout, packed.tensors)
     offsets = expand_offsets(packed.layout, packed.tensors.get("offset"))
     for t, tier in enumerate(packed.layout.tiers):
-        # the planes of a tied tier are powers of two of its first
+        # the planes of a tied tier follow from its first
         for p in range(min(tier.planes, 1) if tier.tied else tier.planes):
             found.append({"tier": t, "what": f"scale of plane {p}", **_spread(scales[t][..., p])})
         offset = offsets[t]

@@ -125,7 +125,8 @@ def seconds(
     blocks = (forwards + moments) / speed.model + (moments + rounding) / speed.single
     found = {"statistics": statistics / speed.model}
     if recipe.sensitivity:
-        found["sensitivities"] = _sensitivities(shapes, head, tokens, speed)
+        judged = SEGMENTS[config.effort] * LENGTH
+        found["sensitivities"] = _sensitivities(shapes, head, tokens, judged, speed)
     found["blocks"] = blocks
     if recipe.block is not None:
         seen = max(recipe.block.epochs * rows, recipe.block.steps * recipe.batch) * config.seqlen
@@ -149,11 +150,11 @@ def seconds(
 
 
 def _sensitivities(
-    shapes: Mapping[str, tuple[int, int]], head: int, tokens: int, speed: Speed
+    shapes: Mapping[str, tuple[int, int]], head: int, tokens: int, judged: int, speed: Speed
 ) -> float:
     """Of pbq.sensitivity: each linear rounded alone, then on average half the model behind it."""
     weights, fitted = sum(n * k for n, k in shapes.values()), min(tokens, HESSIAN_TOKENS)
-    compared = min(tokens, SEGMENTS * LENGTH)
+    compared = min(tokens, judged)
     forwards = 6 * weights * fitted + len(shapes) * (weights + 2 * head) * compared
     rounding = sum(2 * k * k * fitted + _rounding_operations(n, k) for n, k in shapes.values())
     return forwards / speed.model + rounding / speed.single

@@ -15,7 +15,16 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from pbq.grid import Grid, Overlay, QuantizedWeight, TierGrid, signs, stored, stored_scale
+from pbq.grid import (
+    Grid,
+    Overlay,
+    QuantizedWeight,
+    TierGrid,
+    plane_weights,
+    signs,
+    stored,
+    stored_scale,
+)
 from pbq.hessian import damp, inverse_cholesky
 from pbq_kernels.layout import Tier
 
@@ -272,12 +281,14 @@ def _collect(
         mine = [grid for run, grid in zip(runs, grids, strict=True) if run.tier == t]
         stored_planes = min(tier.planes, 1) if tier.tied else tier.planes
         scale, offset = like.new_zeros(len(like), 0, stored_planes), like.new_zeros(len(like), 0)
-        for grid in mine if tier.tied else []:
-            power = 2.0 ** torch.arange(tier.depth, device=like.device)
-            if not torch.equal(grid.scale, grid.scale[:, :1] * power):
+        tied = tier.tied and tier.planes > 0
+        for grid in mine if tied else []:
+            weights = plane_weights(tier, like.device)
+            if not torch.equal(grid.scale, grid.scale[:, :1] / weights[0] * weights):
                 raise ValueError(f"tier {t} ties its planes, but the grid fitted to it does not")
         if mine:
             scale = torch.stack([grid.scale[:, :stored_planes] for grid in mine], 1)
+            scale = scale / tier.weights[0] if tied else scale
             offset = torch.stack([grid.offset for grid in mine], 1)
         out.append(TierGrid(scale, offset if tier.offset else None))
     return out
@@ -334,8 +345,7 @@ def _basis(qw: QuantizedWeight) -> list[tuple[Tensor, Tensor]]:
             if qw.column_scale is not None:
                 sigma = sigma * qw.column_scale[chosen, None]
             if tier.tied and tier.planes:
-                power = 2.0 ** torch.arange(tier.depth, device=sigma.device)
-                sigma = (sigma * power).sum(-1, keepdim=True)
+                sigma = (sigma * plane_weights(tier, sigma.device)).sum(-1, keepdim=True)
             out += [(chosen, sigma[..., s]) for s in range(sigma.shape[-1])]
     for t, tier in enumerate(qw.tiers):
         columns, group_of = qw.columns(t), tier.group_of_column().to(qw.codes.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TypeAlias
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from pbq_kernels.layout import Tier, WeightLayout, encode_overlay
 from pbq_kernels.paths import nearest_path
 from pbq_kernels.scales import byte_scales
+from pbq_kernels.trellis import WEIGHTS
 
 
 def stored(x: Tensor) -> Tensor:
@@ -71,16 +72,50 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class TrellisGrid(Grid):
-    """Equally spaced levels of which a column may only take a path: pbq_kernels/trellis.py."""
+    """Levels of which a column may only take a path: pbq_kernels/trellis.py.
 
-    memory: int
+    unit [n]: the scale that is stored; tier: where the planes' scales follow from it.
+    """
+
+    unit: Float[Tensor, " n"]
+    tier: Tier
+
+    @classmethod
+    def of(cls, unit: Float[Tensor, " n"], tier: Tier, offset: Tensor | None = None) -> TrellisGrid:
+        """The grid of a tier with a trellis, from the scale [n] and offset [n] that are stored."""
+        offset = torch.zeros_like(unit) if offset is None else offset
+        return cls(unit[:, None] * plane_weights(tier, unit.device), offset, unit, tier)
 
     def nearest(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """(code uint8, level) of the path nearest to every column of w [n, c]."""
-        scale, planes = self.scale[:, 0], self.scale.shape[1]
-        codes = nearest_path((w - self.offset[:, None]).T, scale, planes, self.memory).T
-        position = 2 * codes.float() - (2**planes - 1)
-        return codes, position * scale[:, None] + self.offset[:, None]
+        x = (w - self.offset[:, None]).T
+        codes = nearest_path(x, self.unit, self.tier.depth, self.tier.trellis, self.tier.uneven).T
+        return codes, positions(self.tier, codes) * self.unit[:, None] + self.offset[:, None]
+
+
+def plane_weights(tier: Tier, device: torch.device | str = "cpu") -> Float[Tensor, " p"]:
+    """Of a tied tier: what the stored scale is multiplied with for each plane."""
+    return torch.tensor(tier.weights, dtype=torch.float32, device=device)
+
+
+def positions(tier: Tier, codes: UInt8[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Codes on the levels of a tied tier, in units of the stored scale."""
+    if not tier.uneven:
+        return codes.float().mul_(2).sub_(2**tier.depth - 1)
+    return uneven_positions(tier.depth).to(codes.device)[codes.long()]
+
+
+@cache
+def uneven_positions(planes: int) -> Float[Tensor, " l"]:
+    """The level of every code, in units of the stored scale: whole numbers."""
+    return signs(planes) @ torch.tensor(WEIGHTS[planes], dtype=torch.float32)
+
+
+def codes_at(tier: Tier, position: Int8[Tensor, "..."]) -> UInt8[Tensor, "..."]:
+    """Inverse of `positions` where levels are uneven."""
+    levels, code = uneven_positions(tier.depth).sort()
+    found = torch.searchsorted(levels.to(position.device), position.float().contiguous())
+    return code.to(position.device, torch.uint8)[found]
 
 
 def signs(planes: int, device: torch.device | str = "cpu") -> Float[Tensor, "l p"]:
@@ -105,10 +140,10 @@ class TierGrid:
     def grid(self, tier: Tier, group: int) -> Grid:
         """The grid of one group, ties multiplied out."""
         scale = self.scale[:, group]
-        if tier.tied:
-            scale = scale * 2.0 ** torch.arange(tier.depth, device=scale.device)
         offset = scale.new_zeros(len(scale)) if self.offset is None else self.offset[:, group]
-        return TrellisGrid(scale, offset, tier.trellis) if tier.trellis else Grid(scale, offset)
+        if tier.trellis:
+            return TrellisGrid.of(scale[:, 0], tier, offset)
+        return Grid(scale * plane_weights(tier, scale.device) if tier.tied else scale, offset)
 
 
 @dataclass(eq=False)
@@ -294,8 +329,10 @@ def fit_symmetric(W: Float[Tensor, "n c"], weight: Float[Tensor, " c"], planes: 
     return best
 
 
-# Best half step of a Gaussian's levels of 2 to 5 planes on a trellis, in standard deviations.
-_TRELLIS_STEPS = {2: 0.395, 3: 0.25, 4: 0.147, 5: 0.085}
+# Best scale of a Gaussian on a trellis, in standard deviations, by planes of its levels: where they
+# are evenly spaced, and where they are not.
+_TRELLIS_SCALES = {2: 0.395, 3: 0.25, 4: 0.147, 5: 0.085}
+_UNEVEN_SCALES = {2: 0.2464, 3: 0.0309, 4: 0.0275}
 
 
 def fit_trellis(
@@ -306,17 +343,15 @@ def fit_trellis(
     Paths couple the rows of a column, so the scales of all rows are found together.
     """
     share = weight / weight.sum()
-    power = 2.0 ** torch.arange(tier.depth, device=W.device)
-    zero = W.new_zeros(len(W))
 
     def grid(scale: Tensor) -> TrellisGrid:
-        return TrellisGrid(stored(scale.clamp(min=1e-7))[:, None] * power, zero, tier.trellis)
+        return TrellisGrid.of(stored(scale.clamp(min=1e-7)), tier)
 
-    found = grid((W.pow(2) @ share).sqrt() * _TRELLIS_STEPS[tier.depth])
+    start = (_UNEVEN_SCALES if tier.uneven else _TRELLIS_SCALES)[tier.depth]
+    found = grid((W.pow(2) @ share).sqrt() * start)
     for _ in range(iterations):
-        position = 2 * found.codes(W).float() - (2**tier.depth - 1)
-        scale = ((position * W) @ share) / (position.pow(2) @ share)
-        found = grid(scale)
+        position = positions(tier, found.codes(W))
+        found = grid(((position * W) @ share) / (position.pow(2) @ share))
     return found
 
 

@@ -18,7 +18,6 @@ from pbq_kernels.layout import (
     tier_codes,
 )
 from pbq_kernels.scales import decoded_scales, encoded_scales
-from pbq_kernels.trellis import stored_codes
 
 
 def pack(qw: Quantized) -> PackedWeight:
@@ -57,7 +56,7 @@ def pack(qw: Quantized) -> PackedWeight:
 def _packed_codes(codes: Tensor, tier: Tier) -> Tensor:
     if codes.numel() and int(codes.max()) >= 2**tier.depth:
         raise ValueError(f"code {int(codes.max())} does not fit in {tier.depth} planes")
-    return pack_codes(stored_codes(codes, tier.trellis) if tier.trellis else codes, tier.planes)
+    return pack_codes(tier.stored_codes(codes), tier.planes)
 
 
 def _half(x: Tensor) -> Tensor:

@@ -33,9 +33,11 @@ from pbq.models import (
 from pbq.tune import Recipe, forward_kl
 
 # Calibration tokens behind each Hessian, and those on which the models are compared: the first of
-# each of so many segments. There are hundreds of linears to compare.
+# each of so many segments, by effort. There are hundreds of linears to compare.
 HESSIAN_TOKENS = 4096
-SEGMENTS, LENGTH = 4, 128
+SEGMENTS, LENGTH = {"fast": 4, "default": 8, "best": 16}, 128
+# Trellises of more memory than this leave all layers the same few percent less.
+MEMORY = 8
 
 
 @torch.no_grad()
@@ -60,8 +62,8 @@ def sensitivities(
     name, blocks = find_blocks(model)
     # it makes all errors smaller alike, and takes half of the time
     recipe = replace(recipe, sweeps=0)
-    rows = _spread(ids, max(SEGMENTS, -(-HESSIAN_TOKENS // ids.shape[1]))).split(1)
-    judged = _spread(ids, SEGMENTS)[:, :LENGTH]
+    rows = _spread(ids, max(4, -(-HESSIAN_TOKENS // ids.shape[1]))).split(1)
+    judged = _spread(ids, SEGMENTS[config.effort])[:, :LENGTH]
     fitted, compared = record_calls(model, blocks, rows), record_calls(model, blocks, [judged])
     inputs, hidden = list(fitted.hidden), compared.hidden[0]
     calls = [each[0] for each in compared.calls]
@@ -73,7 +75,7 @@ def sensitivities(
         for linear, module in linears.items():
             full, kept = f"{name}.{i}.{linear}", weight_of(module).clone()
             rounded, _, _ = methods.rebuild(
-                method, recipe, config, plans[full], kept.float(), H[linear], full
+                method, recipe, config, _quicker(plans[full]), kept.float(), H[linear], full
             )
             set_weight(module, rounded.dequantize())
             found[full] = float(forward_kl(run(i, hidden), target))
@@ -93,6 +95,12 @@ def where_known(recipe: Recipe, blocks: nn.ModuleList) -> Recipe:
     """
     experts = any(find_experts(block) for block in blocks)
     return replace(recipe, sensitivity=recipe.sensitivity and not experts)
+
+
+def _quicker(plan: LayerPlan) -> LayerPlan:
+    """The same plan with trellises of MEMORY at most."""
+    tiers = (replace(tier, trellis=min(tier.trellis, MEMORY)) for tier in plan.tiers)
+    return replace(plan, tiers=tuple(tiers))
 
 
 def _spread(ids: Tensor, count: int) -> Tensor:

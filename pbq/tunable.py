@@ -13,7 +13,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pbq.grid import Factors, Grid, Quantized, QuantizedWeight, TierGrid, stored, stored_scale
+from pbq.grid import (
+    Factors,
+    Grid,
+    Quantized,
+    QuantizedWeight,
+    TierGrid,
+    codes_at,
+    positions,
+    stored,
+    stored_scale,
+)
 from pbq.hessian import least_squares
 
 # Of the regressions that latent factors start from: a rank above n or k needs some.
@@ -93,7 +103,11 @@ class TunableWeight(nn.Module):
             trained = torch.tensor(self._trained, device=order.device)[qw.tier_of.long()]
             self.column.register_hook(lambda gradient: gradient * trained)
         codes = qw.codes[:, order].T
-        self._codes = list(codes.split([t.columns for t in qw.tiers]))  # uint8 [c, n]
+        # uint8 [c, n]; of uneven levels, whose codes stay, int8 positions: no table on every step
+        self._codes = [
+            positions(tier, part).to(torch.int8) if tier.uneven else part
+            for tier, part in zip(qw.tiers, codes.split([t.columns for t in qw.tiers]), strict=True)
+        ]
         self.latent = nn.ParameterList()
         # a latent weight that moves would change the path of many rows at once, for the worse
         if latent is not None and not any(tier.trellis for tier in qw.tiers):
@@ -138,7 +152,7 @@ class TunableWeight(nn.Module):
         return sums.index_add(0, self._group_of[t], x)
 
     def even(self, t: int) -> bool:
-        """Are the tier's levels equally spaced: scale * (2 code - steps) + offset?"""
+        """Are the tier's levels offset + scale * position, whatever the spacing of positions?"""
         return self.tiers[t].planes == 1 or (self.tiers[t].tied and self.tiers[t].planes > 1)
 
     def values(self, t: int, codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
@@ -153,8 +167,8 @@ class TunableWeight(nn.Module):
         return W if offset is None else W.add_(self.per_column(t, offset))
 
     def position(self, t: int, codes: Tensor) -> Tensor:
-        """Of equally spaced levels, in half steps from the middle: odd numbers, float32 [c, n]."""
-        return codes.float().mul_(2).sub_(2 ** self.tiers[t].depth - 1)
+        """In units of the stored scale, from the middle: whole numbers, float32 [c, n]."""
+        return codes.float() if self.tiers[t].uneven else positions(self.tiers[t], codes)
 
     @torch.no_grad()
     def _nearest(self, t: int, latent: Tensor) -> Tensor:
@@ -234,7 +248,11 @@ class TunableWeight(nn.Module):
     def _quantized(
         self, codes: Sequence[Tensor], grids: list[TierGrid], column: Tensor | None
     ) -> QuantizedWeight:
-        codes_nk = torch.cat(list(codes))[self._inverse].T.contiguous()
+        parts = [
+            codes_at(tier, part) if tier.uneven else part
+            for tier, part in zip(self.tiers, codes, strict=True)
+        ]
+        codes_nk = torch.cat(parts)[self._inverse].T.contiguous()
         return QuantizedWeight(
             self.tiers, self.tier_of, codes_nk, grids, column, self._overlay, self._scale_bits
         )

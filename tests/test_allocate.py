@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from pbq.allocate import (
     DISTORTION,
-    FALL,
     SPREAD,
+    UNEVEN_DISTORTION,
     LayerPlan,
     bits_by_sensitivity,
     discounted,
+    fall,
     most_columns,
     stored_bits,
     tiers_of,
@@ -279,9 +280,11 @@ def test_equal_nats_a_weight_get_equal_bits():
     assert found == pytest.approx(dict.fromkeys(WEIGHTS, 1.61))
 
 
-def test_a_layer_that_costs_what_one_more_bit_saves_gets_one_more_bit():
+@pytest.mark.parametrize("kept", [DISTORTION, UNEVEN_DISTORTION])
+def test_a_layer_that_costs_what_one_more_bit_saves_gets_one_more_bit(kept):
     even = {n: 1e-5 * w for n, w in WEIGHTS.items()}
-    found = bits_by_sensitivity({**even, "k": FALL * even["k"]}, WEIGHTS, 2.0)
+    more = {**even, "k": fall(kept) * even["k"]}
+    found = bits_by_sensitivity(more, WEIGHTS, 2.0, kept)
     assert found["k"] - found["q"] == pytest.approx(1)
     assert found["q"] == pytest.approx(found["down"])
     assert average(found) == pytest.approx(2.0)
@@ -292,7 +295,7 @@ def test_no_bits_moved_from_layer_to_layer_leave_fewer_nats():
     found = bits_by_sensitivity(nats, WEIGHTS, 1.61)
 
     def left(bits):
-        return sum(v * FALL ** (1.61 - bits[n]) for n, v in nats.items())
+        return sum(v * fall(DISTORTION) ** (1.61 - bits[n]) for n, v in nats.items())
 
     assert left(found) < 0.95 * sum(nats.values())
     for one, other in itertools.permutations(nats, 2):

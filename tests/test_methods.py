@@ -22,7 +22,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pbq import methods
-from pbq.allocate import FALL, ChannelStats, LayerPlan, PlanInput, discounted, stored_bits
+from pbq.allocate import (
+    UNEVEN_DISTORTION,
+    ChannelStats,
+    LayerPlan,
+    PlanInput,
+    discounted,
+    fall,
+    stored_bits,
+)
 from pbq.config import EFFORTS, QuantConfig
 from pbq.errors import UsageError
 from pbq.grid import Quantized
@@ -540,7 +548,7 @@ def test_of_layers_alike_the_later_gets_more_bits() -> None:
     plans = methods.get("waterfill", config).plan(inputs, config)
     stored = [plan.layout(64).bits_per_weight for plan in plans.values()]
     nats = [discounted(1e-3, i / 3) for i in range(3)]
-    further = math.log(nats[2] / nats[0]) / math.log(FALL)
+    further = math.log(nats[2] / nats[0]) / math.log(fall(UNEVEN_DISTORTION))
     assert stored[0] < stored[1] < stored[2]
     assert stored[2] - stored[0] == pytest.approx(further, abs=0.1)
     assert stored_bits(plans, dict.fromkeys(plans, 64)) <= 2.0

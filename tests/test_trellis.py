@@ -33,9 +33,11 @@ def problem(seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(N, K, generator=g) * 0.05, X.T @ X / 400
 
 
-def tiers(memory: int) -> tuple[tuple[Tier, ...], Tensor]:
+def tiers(memory: int, uneven: bool = False) -> tuple[tuple[Tier, ...], Tensor]:
     if memory:
-        kinds = tuple(Tier(p, c, tied=True, trellis=memory) for p, c in ((1, 48), (2, 24)))
+        kinds = tuple(
+            Tier(p, c, tied=True, trellis=memory, uneven=uneven) for p, c in ((1, 48), (2, 24))
+        )
     else:
         kinds = (Tier(1, 48), Tier(2, 24, tied=True))
     tier_of = torch.tensor([0] * 8 + [1] * 48 + [2] * 24, dtype=torch.uint8)
@@ -46,9 +48,11 @@ def fit(W: Tensor, weight: Tensor, tier: Tier, row: Tensor) -> Grid:
     return fit_trellis(W, weight, tier) if tier.trellis else fit_symmetric(W, weight, tier.planes)
 
 
-def quantized(memory: int, scale_bits: int, **options: int) -> tuple[QuantizedWeight, float]:
+def quantized(
+    memory: int, scale_bits: int, uneven: bool = False, **options: int
+) -> tuple[QuantizedWeight, float]:
     W, H = problem()
-    qw, _, _ = quantize_weight(W, H, *tiers(memory), fit, scale_bits=scale_bits, **options)
+    qw, _, _ = quantize_weight(W, H, *tiers(memory, uneven), fit, scale_bits=scale_bits, **options)
     return qw, float(proxy_loss(W, qw.dequantize(), H))
 
 
@@ -58,6 +62,14 @@ def test_a_trellis_leaves_less_error_at_the_same_bits(memory: int, scale_bits: i
     (coded, error), (plain, plain_error) = (quantized(m, scale_bits) for m in (memory, 0))
     assert coded.layout().stored_bits == plain.layout().stored_bits
     assert error < 0.95 * plain_error
+
+
+@pytest.mark.parametrize("memory", sorted(trellis.POLYNOMIALS))
+def test_uneven_levels_leave_less_at_the_same_bits(memory: int) -> None:
+    (uneven, error), (even, even_error) = (quantized(memory, 8, u) for u in (True, False))
+    assert uneven.layout().stored_bits == even.layout().stored_bits
+    # the levels are those for many states, and four make less of them
+    assert error < (0.98 if memory > 2 else 1.0) * even_error
 
 
 def test_more_memory_leaves_less() -> None:
@@ -71,20 +83,28 @@ def test_scales_in_a_byte_cost_nearly_nothing() -> None:
     assert half.layout().stored_bits - byte.layout().stored_bits == 8 * (2 * N - 2)
 
 
-@pytest.mark.parametrize("scale_bits", [8, 16])
-def test_to_the_file_and_back(scale_bits: int) -> None:
-    qw, _ = quantized(4, scale_bits)
+@pytest.mark.parametrize("scale_bits, uneven", [(8, False), (16, False), (8, True)])
+def test_to_the_file_and_back(scale_bits: int, uneven: bool) -> None:
+    qw, _ = quantized(4, scale_bits, uneven)
     pw = pack(qw)
     check_tensors(pw.layout, pw.tensors, values=True)
     assert torch.equal(dequantize(pw), qw.dequantize())
+    assert torch.equal(dequantize(pw.plain()), qw.dequantize())
     back = unpack(pw)
     assert isinstance(back, QuantizedWeight) and back.scale_bits == scale_bits
     assert torch.equal(back.codes, qw.codes)
     assert torch.equal(pack(back).tensors["weight"], pw.tensors["weight"])
 
 
-def test_codes_that_are_no_path_and_scales_that_are_no_byte_are_not_packed() -> None:
-    qw, _ = quantized(4, 8)
+def test_uneven_levels_need_scales_of_a_byte() -> None:
+    qw, _ = quantized(4, 16, True)
+    with pytest.raises(PackedFormatError, match="uneven levels, which take 1 to 3 planes"):
+        pack(qw)
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_codes_that_are_no_path_and_scales_that_are_no_byte_are_not_packed(uneven: bool) -> None:
+    qw, _ = quantized(4, 8, uneven)
     column = int(qw.columns(1)[5])
     qw.codes[40, column] ^= 1
     with pytest.raises(ValueError, match="no path"):
@@ -137,8 +157,9 @@ def test_a_token_that_is_most_of_the_hessian_does_not_decide_the_scales() -> Non
     assert left["their roots"] < 0.97 * left["costs"]
 
 
-def test_training_moves_scales_and_no_codes() -> None:
-    qw, _ = quantized(4, 8)
+@pytest.mark.parametrize("uneven", [False, True])
+def test_training_moves_scales_and_no_codes(uneven: bool) -> None:
+    qw, _ = quantized(4, 8, uneven)
     W, _ = problem()
     tunable = TunableWeight(qw, W, Rates(latent_lr=0.1))
     assert len(tunable.latent) == 0
@@ -155,8 +176,9 @@ def test_training_moves_scales_and_no_codes() -> None:
     assert torch.equal(tunable.start().dequantize(), qw.dequantize())
 
 
-def test_gradients_of_scales_are_those_of_the_dense_weight() -> None:
-    qw, _ = quantized(4, 16)
+@pytest.mark.parametrize("scale_bits, uneven", [(16, False), (8, True)])
+def test_gradients_of_scales_are_those_of_the_dense_weight(scale_bits: int, uneven: bool) -> None:
+    qw, _ = quantized(4, scale_bits, uneven)
     tunable = TunableWeight(qw, None, Rates())
     dW = torch.randn(N, K, generator=torch.Generator().manual_seed(1))
     tunable().backward(dW)
@@ -174,9 +196,10 @@ def test_gradients_of_scales_are_those_of_the_dense_weight() -> None:
         )
 
 
-def test_a_module_in_use_holds_the_planes_once() -> None:
+@pytest.mark.parametrize("uneven", [False, True])
+def test_a_module_in_use_holds_the_planes_once(uneven: bool) -> None:
     """The stored planes are let go, and come back bit by bit, from the kernel's plain ones."""
-    pw = pack(quantized(4, 8)[0])
+    pw = pack(quantized(4, 8, uneven)[0])
     stored = {name: tensor.clone() for name, tensor in pw.tensors.items()}
     linear = PackedLinear.from_packed(pw)
     del pw
@@ -202,6 +225,8 @@ def test_waterfill_has_trellises_where_there_is_a_compiler(
     config = QuantConfig()
     coded = waterfill.method(config).tiers([1, 2, 0, 4, 0])
     assert [(t.planes, t.columns, t.trellis) for t in coded] == [(0, 1, 0), (1, 2, 8), (3, 4, 8)]
+    assert [t.uneven for t in coded] == [False, True, True]
+    assert not any(t.uneven for t in waterfill.Waterfill(scale_bits=16).tiers([1, 2, 0, 4, 0]))
     monkeypatch.setattr(waterfill, "compiled", lambda: None)
     with caplog.at_level(logging.WARNING):
         plain = waterfill.method(config).tiers([1, 2, 0, 4, 0])

@@ -127,7 +127,8 @@ def _declare(library: ctypes.CDLL) -> None:
         *(pointer, integer, pointer, integer, wide, pointer, integer, integer)
     ]
     library.pbq_trellis.argtypes = [
-        *(pointer, pointer, wide, wide, integer, integer, integer, integer, pointer, integer)
+        *(pointer, pointer, wide, wide, integer, integer, integer, integer),
+        *(pointer, pointer, integer),
     ]
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pbq_kernels.scales import decoded_scales
-from pbq_kernels.trellis import POLYNOMIALS, level_codes, stored_codes
+from pbq_kernels.trellis import POLYNOMIALS, WEIGHTS, level_codes, plane_weights, stored_codes
 
 FORMAT_VERSION = 1
 MAX_PLANES = 8
@@ -59,6 +59,7 @@ class Tier:
     offset: a stored offset is added (asymmetric grids).
     group_size: columns per group of scales, counted in storage order; -1 is the whole row.
     trellis: memory of the trellis that makes one plane more of the stored ones; 0 is none.
+    uneven: of a trellis: the scale of plane p is `scale * WEIGHTS[depth][p]` (trellis.py).
     """
 
     planes: int
@@ -67,11 +68,27 @@ class Tier:
     offset: bool = False
     group_size: int = -1
     trellis: int = 0
+    uneven: bool = False
 
     @property
     def depth(self) -> int:
         """Planes of its levels: those stored, and the one that a trellis adds."""
         return self.planes + bool(self.trellis)
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """Of a tied tier: what the stored scale is multiplied with for each plane."""
+        return plane_weights(self.depth, self.uneven)
+
+    def level_codes(self, stored: Tensor) -> Tensor:
+        """Stored codes uint8 [n, columns] of all rows -> codes of the levels, a bit a plane."""
+        planes = self.depth * self.uneven
+        return level_codes(stored, self.trellis, planes) if self.trellis else stored
+
+    def stored_codes(self, codes: Tensor) -> Tensor:
+        """Inverse of `level_codes`. Raises ValueError where a column is no path of the trellis."""
+        planes = self.depth * self.uneven
+        return stored_codes(codes, self.trellis, planes) if self.trellis else codes
 
     @property
     def groups(self) -> int:
@@ -139,7 +156,7 @@ class WeightLayout:
                 raise PackedFormatError(f"layout: tier {i} has {tier.columns} columns")
             if tier.group_size != -1 and not 1 <= tier.group_size <= MAX_FEATURES:
                 raise PackedFormatError(f"layout: tier {i} has group_size {tier.group_size}")
-            if tier.trellis:
+            if tier.trellis or tier.uneven:
                 self._check_trellis(i, tier)
         if sum(tier.columns for tier in self.tiers) != self.k:
             raise PackedFormatError(
@@ -157,13 +174,18 @@ class WeightLayout:
         if not (self.overlay + 1) // 2 <= self.overlay_bytes <= (most if self.overlay else 0):
             raise PackedFormatError(f"layout: overlay_gap of {self.overlay_bytes} bytes")
 
-    @staticmethod
-    def _check_trellis(i: int, tier: Tier) -> None:
+    def _check_trellis(self, i: int, tier: Tier) -> None:
         if tier.trellis not in POLYNOMIALS:
             raise PackedFormatError(f"layout: tier {i} has a trellis of memory {tier.trellis}")
         if not (tier.tied and 0 < tier.planes < MAX_PLANES):
             raise PackedFormatError(
                 f"layout: tier {i} has a trellis, which takes 1 to {MAX_PLANES - 1} tied planes"
+            )
+        if tier.uneven and (tier.depth not in WEIGHTS or self.scale_bits != 8):
+            # scales of a byte alone stay exact in float16 when they are multiplied
+            raise PackedFormatError(
+                f"layout: tier {i} has uneven levels, which take 1 to {max(WEIGHTS) - 1} planes "
+                "and scales of a byte"
             )
 
     @property
@@ -181,9 +203,14 @@ class WeightLayout:
 
     def plain(self) -> WeightLayout:
         """The layout of the same weight as kernels take it: what a trellis makes is stored as well,
-        scales are float16.
+        scales are float16, one a plane where levels are uneven.
         """
-        tiers = (dataclasses.replace(t, planes=t.depth, trellis=0) for t in self.tiers)
+        tiers = (
+            dataclasses.replace(
+                t, planes=t.depth, trellis=0, tied=t.tied and not t.uneven, uneven=False
+            )
+            for t in self.tiers
+        )
         return dataclasses.replace(self, tiers=tuple(tiers), scale_bits=16)
 
     def factors(self) -> tuple[WeightLayout, WeightLayout]:
@@ -330,7 +357,10 @@ class PackedWeight:
             rows = [pack_codes(codes, tier.depth) for tier, codes in pairs]
             tensors["weight"] = torch.cat(rows, 1).contiguous()
         if tensors.pop("scale_exponent", None) is not None:
-            tensors["scale"] = stored_scales(self.tensors).half()
+            scales = expand_scales(layout, self.tensors)
+            kinds = zip(scales, layout.plain().tiers, strict=True)
+            kept = [(s[..., :1] if tier.tied else s).flatten(1) for s, tier in kinds]
+            tensors["scale"] = torch.cat(kept, 1).half()
         return PackedWeight(layout.plain(), tensors)
 
 
@@ -455,17 +485,14 @@ def tier_codes(layout: WeightLayout, weight: Tensor) -> list[Tensor]:
         data = weight[:, start : start + tier.row_bytes]
         start += tier.row_bytes
         codes = unpack_codes(data, tier.planes, tier.columns)
-        found.append(level_codes(codes, tier.trellis) if tier.trellis else codes)
+        found.append(tier.level_codes(codes))
     return found
 
 
 def stored_planes(layout: WeightLayout, plain: Tensor) -> Tensor:
     """The "weight" of `layout` from all rows of that of `layout.plain()`."""
     pairs = zip(layout.tiers, tier_codes(layout.plain(), plain), strict=True)
-    rows = [
-        pack_codes(stored_codes(codes, tier.trellis) if tier.trellis else codes, tier.planes)
-        for tier, codes in pairs
-    ]
+    rows = [pack_codes(tier.stored_codes(codes), tier.planes) for tier, codes in pairs]
     return torch.cat(rows, 1).contiguous()
 
 
@@ -537,7 +564,7 @@ def expand_scales(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> list[T
         part = scale[:, start : start + tier.scales].unflatten(1, (tier.groups, -1))
         start += tier.scales
         if tier.tied:
-            part = part * (2.0 ** torch.arange(tier.depth, device=part.device))
+            part = part * torch.tensor(tier.weights, dtype=part.dtype, device=part.device)
         out.append(part)
     return out
 

@@ -6,34 +6,48 @@ Compiled from trellis.c where there is a C compiler; in torch, far slower, where
 from __future__ import annotations
 
 import ctypes
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pbq_kernels import cpu
-from pbq_kernels.trellis import POLYNOMIALS
+from pbq_kernels.trellis import POLYNOMIALS, plane_codes, sums
 
 
-def nearest_path(x: Tensor, scale: Tensor, planes: int, memory: int) -> Tensor:
+def nearest_path(
+    x: Tensor, scale: Tensor, planes: int, memory: int, uneven: bool = False
+) -> Tensor:
     """The path of levels nearest to each row of x [c, n], a column of the weight: codes uint8.
 
-    Levels scale[r] * (2 code - steps) of `planes` planes, 2 to 8; scale [n]. Viterbi's algorithm by
-    the compiled kernels, on the CPU wherever x is, or by torch where there are none (`compiled`).
+    Levels scale[r] * (2 code - steps) of `planes` planes, 2 to 8, or the uneven ones of trellis.py;
+    scale [n]. Viterbi's algorithm by the compiled kernels, on the CPU wherever x is, or by torch
+    where there are none (`compiled`).
     """
     library = compiled()
     if library is None:
-        return nearest_path_naive(x, scale, planes, memory)
+        return nearest_path_naive(x, scale, planes, memory, uneven)
     x_cpu = x.detach().to("cpu", torch.float32).contiguous()
     scale_cpu = scale.detach().to("cpu", torch.float32).contiguous()
     codes = torch.empty(x.shape, dtype=torch.uint8)
     threads = torch.get_num_threads() if codes.numel() > 2**15 else 1
+    table = _table(planes) if uneven else None
     failed = library.pbq_trellis(
         *(x_cpu.data_ptr(), scale_cpu.data_ptr(), *x.shape, planes, memory),
-        *(*POLYNOMIALS[memory], codes.data_ptr(), threads),
+        *(*POLYNOMIALS[memory], table, codes.data_ptr(), threads),
     )
     if failed:
         raise MemoryError(f"no memory for the paths of {x.shape[0]} columns")
+    if uneven:
+        codes = plane_codes(planes, True)[codes.long()]
     return codes.to(x.device)
+
+
+@cache
+def _table(planes: int) -> Any:
+    """Uneven levels, rising, as the compiled search takes them."""
+    return (ctypes.c_float * 2**planes)(*(level for level, _ in sums(planes, True)))
 
 
 def compiled() -> ctypes.CDLL | None:
@@ -42,19 +56,29 @@ def compiled() -> ctypes.CDLL | None:
     return None if isinstance(found, cpu.LibraryError) else found
 
 
-def nearest_path_naive(x: Tensor, scale: Tensor, planes: int, memory: int) -> Tensor:
+def nearest_path_naive(
+    x: Tensor, scale: Tensor, planes: int, memory: int, uneven: bool = False
+) -> Tensor:
     """`nearest_path` in torch, one row of the weight after the other: the slow truth."""
     h1, h0 = POLYNOMIALS[memory]
-    states, steps, top = 2**memory, 2**planes - 1, 2 ** (planes - 2) - 1
+    states, steps = 2**memory, 2**planes - 1
+    level = torch.arange(-steps, steps + 1, 2, dtype=torch.float32, device=x.device)
+    if uneven:
+        level = torch.tensor([v for v, _ in sums(planes, True)], dtype=torch.float32).to(x.device)
     # a register: the path's last `memory` bits, the newest lowest, then the bit that enters
     register = torch.arange(2 * states)
     parity = torch.tensor([[(r & h).bit_count() & 1 for h in (h1, h0)] for r in register.tolist()])
     label = (2 * parity[:, 0] + parity[:, 1]).to(x.device)
     position = torch.where(scale != 0, x / scale, 0.0).float()
-    q = torch.arange(4, device=x.device)
-    rest = (((position[..., None] + steps) / 2 - q) / 4).round().clamp(0, top)
-    found = (q + 4 * rest).long()  # [c, n, 4]: the nearest code of each label
-    distance = (position[..., None] - (2 * found - steps)).pow(2) * scale[:, None].pow(2)
+    labelled = level.view(-1, 4).T.contiguous()  # [4, levels of each label]
+    found = torch.stack(
+        [
+            4 * torch.searchsorted((own[1:] + own[:-1]) / 2, position.contiguous()) + q
+            for q, own in enumerate(labelled)
+        ],
+        -1,
+    )  # [c, n, 4]: the nearest code of each label, the lower of two equally near
+    distance = (position[..., None] - level[found]).pow(2) * scale[:, None].pow(2)
     cost = torch.full((len(x), states), torch.inf, device=x.device)
     cost[:, 0] = 0
     new = torch.arange(states, device=x.device)
@@ -73,4 +97,4 @@ def nearest_path_naive(x: Tensor, scale: Tensor, planes: int, memory: int) -> Te
         chosen = label[came << 1 | (state & 1)]
         codes[:, r] = found[:, r].gather(1, chosen[:, None])[:, 0].to(torch.uint8)
         state = came
-    return codes
+    return plane_codes(planes, True, x.device)[codes.long()] if uneven else codes

@@ -14,6 +14,7 @@
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
 #define MOST_STATES 4096
+#define MOST_LEVELS 256
 
 /* A path's last bits, the newest lowest, are a state; the bit that enters moves them up. States s
  * and s + half, which differ in their oldest bit, thus both lead to 2 s (a 0 enters) and 2 s + 1.
@@ -22,6 +23,8 @@
 typedef struct {
     int top; /* codes of a label: label + 4 * (0 to top) */
     float steps;
+    const float *levels;        /* rising; where there are none they are 2 * code - steps */
+    float middle[MOST_LEVELS];  /* between the levels of a code and of the next with its label */
     int half;                   /* of the states */
     int row;                    /* bytes of decisions that a step takes */
     uint8_t label[MOST_STATES]; /* of a state and a 0. Linear: label[s ^ t] = label[s] ^ label[t] */
@@ -150,8 +153,14 @@ static AVX512 float *forward_avx512(const Code *c, int64_t n, const float *d, fl
 
 #endif
 
-INLINE float nearest(float top, float steps, float x, int label) {
-    const float rest = rintf(((x + steps) * 0.5f - (float)label) * 0.25f);
+INLINE float nearest(const Code *c, float x, int label) {
+    const float top = (float)c->top;
+    if (c->levels) {
+        float passed = 0;
+        for (int i = 0; i < c->top; i++) passed += x > c->middle[label + 4 * i];
+        return (float)label + 4 * passed;
+    }
+    const float rest = rintf(((x + c->steps) * 0.5f - (float)label) * 0.25f);
     const float raised = rest > 0 ? rest : 0;
     return (float)label + 4 * (raised < top ? raised : top);
 }
@@ -159,10 +168,10 @@ INLINE float nearest(float top, float steps, float x, int label) {
 /* x [n] in units of a row's scale, square [n]: that scale squared; d [n][4] and oldest: scratch. */
 INLINE void search(Forward *forward, const Code *c, int64_t n, const float *x, const float *square,
                    float *d, uint8_t *oldest, uint8_t *restrict codes) {
-    const float top = (float)c->top, steps = c->steps;
     for (int64_t t = 0; t < n; t++)
         for (int label = 0; label < 4; label++) {
-            const float e = x[t] - (2 * nearest(top, steps, x[t], label) - steps);
+            const float code = nearest(c, x[t], label);
+            const float e = x[t] - (c->levels ? c->levels[(int)code] : 2 * code - c->steps);
             d[4 * t + label] = e * e * square[t];
         }
     const unsigned half = (unsigned)c->half, states = 2 * half, side = (unsigned)c->row / 2;
@@ -182,7 +191,7 @@ INLINE void search(Forward *forward, const Code *c, int64_t n, const float *x, c
         state = rest | (-with & half);
         codes[t] = (uint8_t)(c->label[state] ^ 2 * entered);
     }
-    for (int64_t t = 0; t < n; t++) codes[t] = (uint8_t)nearest(top, steps, x[t], codes[t]);
+    for (int64_t t = 0; t < n; t++) codes[t] = (uint8_t)nearest(c, x[t], codes[t]);
 }
 
 typedef void Search(const Code *, int64_t, const float *, const float *, float *, uint8_t *,
@@ -232,13 +241,17 @@ EXPORT const char *pbq_trellis_use(int index) {
 }
 
 /* x [sequences, n], scale [n] -> codes [sequences, n]: of all sequences of levels scale * (2 code -
- * steps) that the trellis holds, the one nearest to each x. h1, h0: what of the last bits makes the
- * two low bits of a code; bits 0 and memory are in h1 only. memory 2, 4, … 12. Returns 0, or -1
- * without memory. */
+ * steps) that the trellis holds, or of scale * levels[code], levels rising, the one nearest to each
+ * x. h1, h0: what of the last bits makes the two low bits of a code; bits 0 and memory are in h1
+ * only. memory 2, 4, … 12; planes to 8. Returns 0, or -1 without memory. */
 EXPORT int pbq_trellis(const float *x, const float *scale, int64_t sequences, int64_t n, int planes,
-                       int memory, int h1, int h0, uint8_t *codes, int threads) {
+                       int memory, int h1, int h0, const float *levels, uint8_t *codes,
+                       int threads) {
     const int half = 1 << (memory - 1);
     Code c = {.top = (1 << (planes - 2)) - 1, .steps = (float)((1 << planes) - 1)};
+    c.levels = levels;
+    for (int i = 0; levels && i + 4 < 1 << planes; i++)
+        c.middle[i] = (levels[i] + levels[i + 4]) / 2;
     c.half = half, c.row = half < 8 ? 2 : half / 4;
     for (int i = 0; i < memory; i++) {
         const int bit = 2 * (h1 >> (i + 1) & 1) + (h0 >> (i + 1) & 1);

@@ -11,9 +11,17 @@ it; there are twice as many of them, and the nearest path leaves 16 to 23 % less
 Gaussian than plain levels of as many bits. This is trellis-coded quantization (Marcellin and
 Fischer 1990) with codes like Ungerboeck's (1982, table I). A column is a sequence by itself, so
 error feedback from column to column goes on as without a trellis.
+
+The levels need not be equally spaced: the 2**(p + 1) sums of ± a number for each plane can be put,
+with the right numbers (`WEIGHTS`), where a Gaussian wants them, which takes another 1, 9 and 20 %
+off its error at 1, 2 and 3 stored bits. Then the two low planes and those behind them do not give
+the signs of the planes but the place of the level among all, rising; `plane_codes` has the signs.
 """
 
 from __future__ import annotations
+
+import itertools
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,12 +37,41 @@ POLYNOMIALS = {
     12: (0o15107, 0o2),
 }
 
+# What the scale of a row is multiplied with for each plane of unevenly spaced levels, by planes:
+# Lloyd's algorithm on a Gaussian, rounded to what keeps a scale of a byte exact in float16.
+WEIGHTS = {2: (2, 3), 3: (13, 21, 27), 4: (13, 21, 26, 30)}
 
-def level_codes(stored: Tensor, memory: int) -> Tensor:
-    """Stored codes uint8 [n, c] -> codes of the levels uint8 [n, c], a plane more."""
+
+def plane_weights(planes: int, uneven: bool) -> tuple[int, ...]:
+    """What the stored scale is multiplied with for each plane of tied levels."""
+    return WEIGHTS[planes] if uneven else tuple(2**p for p in range(planes))
+
+
+@cache
+def sums(planes: int, uneven: bool) -> tuple[tuple[int, int], ...]:
+    """(level, its signs) in units of a row's scale, rising; bit p of the signs: plane p is +1."""
+    weights = plane_weights(planes, uneven)
+    found = []
+    for signs in itertools.product((0, 1), repeat=planes):
+        level = sum(w if sign else -w for w, sign in zip(weights, signs, strict=True))
+        found.append((level, sum(sign << p for p, sign in enumerate(signs))))
+    return tuple(sorted(found))
+
+
+def plane_codes(planes: int, uneven: bool, device: torch.device | str = "cpu") -> Tensor:
+    """The signs of each level's planes, levels rising: uint8 [2**planes]."""
+    return torch.tensor([s for _, s in sums(planes, uneven)], dtype=torch.uint8, device=device)
+
+
+def level_codes(stored: Tensor, memory: int, planes: int = 0) -> Tensor:
+    """Stored codes uint8 [n, c] -> codes of the levels uint8 [n, c], a plane more.
+
+    planes: of unevenly spaced levels, else 0.
+    """
     h1, h0 = POLYNOMIALS[memory]
     path = stored & 1
-    return (stored >> 1 << 2) | (_filtered(path, h1) << 1) | _filtered(path, h0)
+    rank = (stored >> 1 << 2) | (_filtered(path, h1) << 1) | _filtered(path, h0)
+    return plane_codes(planes, True, stored.device)[rank.long()] if planes else rank
 
 
 def _filtered(path: Tensor, polynomial: int) -> Tensor:
@@ -46,8 +83,10 @@ def _filtered(path: Tensor, polynomial: int) -> Tensor:
     return out
 
 
-def stored_codes(codes: Tensor, memory: int) -> Tensor:
+def stored_codes(codes: Tensor, memory: int, planes: int = 0) -> Tensor:
     """Inverse of `level_codes`. Raises ValueError where a column is no path of the trellis."""
+    if planes:
+        codes = torch.argsort(plane_codes(planes, True, codes.device)).to(torch.uint8)[codes.long()]
     h1, h0 = POLYNOMIALS[memory]
     n, delay = len(codes), h0.bit_length() - 1
     path = torch.zeros_like(codes)

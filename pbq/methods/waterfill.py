@@ -18,6 +18,7 @@ from torch import Tensor
 from pbq.allocate import (
     DISTORTION,
     TRELLIS_DISTORTION,
+    UNEVEN_DISTORTION,
     LayerPlan,
     PlanInput,
     bits_by_sensitivity,
@@ -31,12 +32,13 @@ from pbq.tune import BlockTuning, Distillation, Recipe
 from pbq_kernels.cpu import BUILD
 from pbq_kernels.layout import Tier
 from pbq_kernels.paths import compiled
+from pbq_kernels.trellis import WEIGHTS
 
 log = logging.getLogger(__name__)
 
 # Memory of the trellis of every tier: 256 states leave 4 % less of a Gaussian than 16, and 4096
 # another 2 %, for fifteen times the time of a search.
-MEMORY = {"fast": 8, "default": 8, "best": 12}
+MEMORY = {"fast": 10, "default": 12, "best": 12}
 SCALE_BITS = 8
 # Over the codes. The second and third take 1 to 5 % more of q_proj's and k_proj's error.
 SWEEPS = 3
@@ -50,14 +52,21 @@ STEPS = {"fast": 30, "default": 250, "best": 1000}
 class Waterfill:
     memory: int = MEMORY["default"]
     scale_bits: int = SCALE_BITS
+    uneven: bool = True
     name: str = "waterfill"
     summary: str = "0 to 4 planes a channel by damage avoided per bit, distilled end to end"
     wants_gradients: bool = False
 
+    @property
+    def _uneven(self) -> bool:
+        return self.uneven and self.scale_bits == 8
+
     def plan(self, layers: Mapping[str, PlanInput], config: QuantConfig) -> dict[str, LayerPlan]:
         damage = {n: x.stats.x_sq * x.w_sq for n, x in layers.items()}
         rows = {n: x.shape[0] for n, x in layers.items()}
-        kept = TRELLIS_DISTORTION if self.memory else DISTORTION
+        kept = DISTORTION
+        if self.memory:
+            kept = UNEVEN_DISTORTION if self._uneven else TRELLIS_DISTORTION
         nats = {
             n: discounted(x.sensitivity, x.depth)
             for n, x in layers.items()
@@ -66,13 +75,13 @@ class Waterfill:
         if len(nats) < len(layers):
             return waterfill_each(damage, rows, config.bits, self.tiers, kept, self.scale_bits)
         weights = {n: x.shape[0] * x.shape[1] for n, x in layers.items()}
-        bits = bits_by_sensitivity(nats, weights, config.bits)
+        bits = bits_by_sensitivity(nats, weights, config.bits, kept)
         return waterfill_each(damage, rows, bits, self.tiers, kept, self.scale_bits)
 
     def tiers(self, counts: list[int]) -> tuple[Tier, ...]:
         """So many columns at 0, 1, ... stored planes."""
         return tuple(
-            Tier(p, count, tied=p > 0, trellis=self.memory)
+            Tier(p, count, tied=True, trellis=self.memory, uneven=self._uneven and p + 1 in WEIGHTS)
             if p and self.memory
             else Tier(p, count, tied=p > 1)
             for p, count in enumerate(counts)

@@ -23,7 +23,15 @@ from pbq_kernels.layout import (
 )
 from pbq_kernels.paths import nearest_path, nearest_path_naive
 from pbq_kernels.reference import dequantize
-from pbq_kernels.trellis import POLYNOMIALS, level_codes, stored_codes
+from pbq_kernels.scales import encoded_scales
+from pbq_kernels.trellis import (
+    POLYNOMIALS,
+    WEIGHTS,
+    level_codes,
+    plane_weights,
+    stored_codes,
+    sums,
+)
 
 MEMORIES = sorted(POLYNOMIALS)
 needs_compiler = pytest.mark.skipif(paths.compiled() is None, reason="no compiled CPU kernels")
@@ -44,12 +52,16 @@ def use() -> Iterator[Callable[[int], str | None]]:
     use_variant(0)
 
 
-def levels(codes: Tensor, scale: Tensor, planes: int) -> Tensor:
-    return (2.0 * codes - (2**planes - 1)) * scale
+def levels(codes: Tensor, scale: Tensor, planes: int, uneven: bool = False) -> Tensor:
+    """Plane after plane."""
+    found = torch.zeros(codes.shape)
+    for p, weight in enumerate(plane_weights(planes, uneven)):
+        found += weight * (2.0 * (codes >> p & 1) - 1)
+    return found * scale
 
 
-def error(x: Tensor, codes: Tensor, scale: Tensor, planes: int) -> Tensor:
-    return (levels(codes, scale, planes) - x).pow(2).sum(1)
+def error(x: Tensor, codes: Tensor, scale: Tensor, planes: int, uneven: bool = False) -> Tensor:
+    return (levels(codes, scale, planes, uneven) - x).pow(2).sum(1)
 
 
 def test_the_code_by_hand() -> None:
@@ -58,6 +70,33 @@ def test_the_code_by_hand() -> None:
     assert level_codes(path, 2)[:, 0].tolist() == [2, 1, 0, 3, 3]
     # the other stored planes are planes of the levels as they are
     assert level_codes(path | 2, 2)[:, 0].tolist() == [6, 5, 4, 7, 7]
+
+
+def test_uneven_levels_by_hand() -> None:
+    """Planes of 2 and 3: -5, -1, 1 and 5 are planes 00, 01, 10 and 11, as evenly spaced ones are.
+
+    Planes of 13, 21 and 27: -61 -35 -19 -7 7 19 35 61; 7 = -13 - 21 + 27 - ... is 13 + 21 - 27.
+    """
+    assert sums(2, True) == ((-5, 0), (-1, 1), (1, 2), (5, 3))
+    levels, planes = zip(*sums(3, True), strict=True)
+    assert levels == (-61, -35, -19, -7, 7, 19, 35, 61)
+    assert planes == (0b000, 0b001, 0b010, 0b100, 0b011, 0b101, 0b110, 0b111)
+    path = torch.tensor([1, 0, 1, 1, 0], dtype=torch.uint8)[:, None]
+    assert level_codes(path, 2, 3)[:, 0].tolist() == [0b010, 0b001, 0b000, 0b100, 0b100]
+
+
+@pytest.mark.parametrize("planes", [2, 3, 4, 5])
+def test_evenly_spaced_levels_are_the_codes_themselves(planes: int) -> None:
+    every = [(2 * code - (2**planes - 1), code) for code in range(2**planes)]
+    assert list(sums(planes, False)) == every
+
+
+@pytest.mark.parametrize("planes", sorted(WEIGHTS))
+def test_no_two_uneven_levels_are_alike_and_all_are_exact_in_float16(planes: int) -> None:
+    found = [level for level, _ in sums(planes, True)]
+    assert len(set(found)) == 2**planes and found == [-level for level in reversed(found)]
+    # six significant bits of a scale times five of a plane's weight
+    assert max(WEIGHTS[planes]) < 32
 
 
 def test_the_example_of_the_format() -> None:
@@ -78,16 +117,18 @@ def test_the_example_of_the_format() -> None:
     st.integers(1, 40),
     st.integers(1, 9),
     st.integers(1, 7),
+    st.booleans(),
     st.integers(0, 2**16),
 )
 def test_stored_and_level_codes_are_inverse(
-    memory: int, n: int, c: int, planes: int, seed: int
+    memory: int, n: int, c: int, planes: int, uneven: bool, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     stored = torch.randint(2**planes, (n, c), generator=generator).to(torch.uint8)
-    codes = level_codes(stored, memory)
+    of_uneven = planes + 1 if uneven and planes + 1 in WEIGHTS else 0
+    codes = level_codes(stored, memory, of_uneven)
     assert int(codes.max()) < 2 ** (planes + 1)
-    assert torch.equal(stored_codes(codes, memory), stored)
+    assert torch.equal(stored_codes(codes, memory, of_uneven), stored)
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
@@ -101,21 +142,22 @@ def test_what_is_no_path_is_refused(memory: int) -> None:
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("search", [nearest_path_naive, nearest_path])
 def test_the_path_found_is_the_nearest_of_all(
-    search: Callable[[Tensor, Tensor, int, int], Tensor], memory: int
+    search: Callable[[Tensor, Tensor, int, int, bool], Tensor], memory: int
 ) -> None:
     torch.manual_seed(memory)
     x, scale = torch.randn(5, 9), torch.rand(9) * 0.5 + 0.1
     paths = torch.tensor(list(itertools.product((0, 1), repeat=9)), dtype=torch.uint8)
-    every = level_codes(paths.T, memory).T  # [512, 9]
-    least = torch.stack([error(row, every, scale, 2).min() for row in x])
-    found = search(x, scale, 2, memory)
-    torch.testing.assert_close(error(x, found, scale, 2), least)
-    stored_codes(found.T.contiguous(), memory)  # a path
+    for uneven in (False, True):
+        every = level_codes(paths.T, memory, 2 * uneven).T  # [512, 9]
+        least = torch.stack([error(row, every, scale, 2, uneven).min() for row in x])
+        found = search(x, scale, 2, memory, uneven)
+        torch.testing.assert_close(error(x, found, scale, 2, uneven), least)
+        stored_codes(found.T.contiguous(), memory, 2 * uneven)  # a path
 
 
 @needs_compiler
 @pytest.mark.parametrize("c, n", [(1, 1), (1, 2), (3, 33), (17, 5), (16, 64), (40, 130)])
-@pytest.mark.parametrize("planes", [2, 3, 5, 8])
+@pytest.mark.parametrize("planes", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_compiled_search_finds_what_torch_finds(memory: int, planes: int, c: int, n: int) -> None:
     torch.manual_seed(7)
@@ -127,6 +169,14 @@ def test_compiled_search_finds_what_torch_finds(memory: int, planes: int, c: int
     assert (found != slow).float().mean() < 0.01
     # what stands beside a column does not change it
     assert torch.equal(nearest_path(x[c // 2 :][:1], scale, planes, memory)[0], found[c // 2])
+    if planes in WEIGHTS:
+        found, slow = (
+            f(x, scale, planes, memory, True) for f in (nearest_path, nearest_path_naive)
+        )
+        torch.testing.assert_close(
+            error(x, found, scale, planes, True), error(x, slow, scale, planes, True)
+        )
+        assert (found != slow).float().mean() < 0.01
 
 
 def awkward(kind: str, c: int, n: int) -> tuple[Tensor, Tensor]:
@@ -206,6 +256,21 @@ def test_a_gaussian_loses_a_sixth_to_a_fifth_less(planes: int, plain: float) -> 
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    "planes, start, share", [(2, 0.2464, 0.995), (3, 0.0309, 0.92), (4, 0.0275, 0.82)]
+)
+def test_a_gaussian_loses_less_on_uneven_levels(planes: int, start: float, share: float) -> None:
+    torch.manual_seed(0)
+    x, half = torch.randn(200, 500), {2: 0.395, 3: 0.25, 4: 0.147}[planes]
+    even, uneven = (torch.full((500,), s) for s in (half, start))
+    left = [
+        error(x, nearest_path(x, scale, planes, 8, u), scale, planes, u).sum()
+        for scale, u in ((even, False), (uneven, True))
+    ]
+    assert left[1] < share * left[0]
+
+
+@needs_compiler
 def test_more_states_leave_less() -> None:
     torch.manual_seed(0)
     x, scale = torch.randn(100, 600), torch.full((600,), 0.4)
@@ -217,16 +282,16 @@ def test_more_states_leave_less() -> None:
     assert left[-1] < 0.985 * left[-3]
 
 
-def packed(n: int, k: int, memory: int) -> PackedWeight:
-    """Tiers of 0, 1, 2 and 3 stored planes, two of them with a trellis."""
+def packed(n: int, k: int, memory: int, uneven: bool = False) -> PackedWeight:
+    """Tiers of 0, 1, 2 and 3 stored planes, two of them with a trellis; uneven: scales in bytes."""
     a, b, c = k // 4, k // 3, k // 5
     tiers = (
         Tier(0, a),
-        Tier(1, b, tied=True, trellis=memory),
-        Tier(2, c, tied=True, offset=True, trellis=memory),
+        Tier(1, b, tied=True, trellis=memory, uneven=uneven),
+        Tier(2, c, tied=True, offset=True, trellis=memory, uneven=uneven),
         Tier(3, k - a - b - c, tied=True),
     )
-    layout = WeightLayout(n, k, tiers)
+    layout = WeightLayout(n, k, tiers, scale_bits=8 if uneven else 16)
     generator = torch.Generator().manual_seed(n * k)
     tier_of = torch.arange(4).repeat_interleave(torch.tensor([t.columns for t in tiers]))
     tensors = {
@@ -235,15 +300,19 @@ def packed(n: int, k: int, memory: int) -> PackedWeight:
         "offset": torch.randn(n, 1, generator=generator).half(),
         "tier": tier_of[torch.randperm(k, generator=generator)].byte(),
     }
+    if uneven:
+        tensors["scale"], tensors["scale_exponent"] = encoded_scales(tensors["scale"].float())
     return PackedWeight(layout, tensors)
 
 
 @pytest.mark.parametrize("n, k", [(1, 20), (3, 65), (33, 63), (70, 300)])
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_the_plain_form_is_the_same_weight(n: int, k: int, memory: int) -> None:
-    pw = packed(n, k, memory)
+@pytest.mark.parametrize("uneven", [False, True])
+def test_the_plain_form_is_the_same_weight(n: int, k: int, memory: int, uneven: bool) -> None:
+    pw = packed(n, k, memory, uneven)
     plain = pw.plain()
     assert [t.planes for t in plain.layout.tiers] == [0, 2, 3, 3]
+    assert [t.tied for t in plain.layout.tiers] == [False, not uneven, not uneven, True]
     assert not plain.layout.has_trellis and plain.plain() is plain
     assert torch.equal(dequantize(plain), dequantize(pw))
     # padding is zero in what comes back, and nothing reads it
@@ -254,11 +323,12 @@ def test_the_plain_form_is_the_same_weight(n: int, k: int, memory: int) -> None:
 
 
 @pytest.mark.parametrize("m", [1, 3, 40])
+@pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize("backend", ["cpu", "cpu-int8", "reference", "auto"])
-def test_every_backend_multiplies_with_it(backend: str, m: int) -> None:
+def test_every_backend_multiplies_with_it(backend: str, uneven: bool, m: int) -> None:
     if backend.startswith("cpu") and paths.compiled() is None:
         pytest.skip("no compiled CPU kernels")
-    pw = packed(70, 300, 4)
+    pw = packed(70, 300, 4, uneven)
     x = torch.randn(m, 300, generator=torch.Generator().manual_seed(m))
     y, expected = dequant_matmul(x, pw, backend), x @ dequantize(pw).T
     tolerance = 0.02 if backend == "cpu-int8" else 1e-5
@@ -273,6 +343,9 @@ def test_every_backend_multiplies_with_it(backend: str, m: int) -> None:
         (Tier(0, 8, tied=True, trellis=4), "1 to 7 tied planes"),
         (Tier(8, 8, tied=True, trellis=4), "1 to 7 tied planes"),
         (Tier(2, 8, trellis=4), "1 to 7 tied planes"),
+        (Tier(2, 8, tied=True, uneven=True), "memory 0"),
+        (Tier(1, 8, tied=True, trellis=4, uneven=True), "scales of a byte"),
+        (Tier(4, 8, tied=True, trellis=4, uneven=True), "1 to 3 planes"),
     ],
 )
 def test_impossible_trellises_are_refused(tier: Tier, says: str) -> None:
@@ -286,6 +359,7 @@ def test_a_row_does_not_stand_by_itself() -> None:
 
 
 def test_the_description_survives_json_and_old_ones_have_none() -> None:
-    layout = packed(3, 65, 4).layout
+    layout = packed(3, 65, 4, uneven=True).layout
     assert WeightLayout.from_dict(layout.to_dict()) == layout
     assert "trellis" not in str(layout.plain().to_dict())
+    assert "uneven" not in str(layout.plain().to_dict()) + str(packed(3, 65, 4).layout.to_dict())

@@ -7,10 +7,11 @@
 static const int H1[] = {0, 0, 5, 0, 19, 0, 103, 0, 397, 0, 1575, 0, 6727};
 static const int H0[] = {0, 0, 2, 0, 4, 0, 2, 0, 2, 0, 2, 0, 2};
 
-static float level(const uint8_t *codes, const float *x, const float *scale, int64_t n, int planes) {
+static float error(const uint8_t *codes, const float *x, const float *scale, int64_t n,
+                   const float *levels) {
     float sum = 0;
     for (int64_t t = 0; t < n; t++) {
-        const float e = x[t] - scale[t] * (float)(2 * codes[t] - ((1 << planes) - 1));
+        const float e = x[t] - scale[t] * levels[codes[t]];
         sum += e * e;
     }
     return sum;
@@ -43,7 +44,13 @@ int main(void) {
     unsigned random = 1;
     for (int size = 0; size < 5; size++)
         for (int memory = 2; memory <= 12; memory += 2)
-            for (int planes = 2; planes <= 8; planes += 3) {
+            for (int kind = 0; kind < 6; kind++) {
+                const int planes = 2 + kind / 2 * 3, uneven = kind % 2, steps = (1 << planes) - 1;
+                float *levels = malloc((size_t)(steps + 1) * sizeof *levels);
+                for (int i = 0; i <= steps; i++) {
+                    const float even = (float)(2 * i - steps);
+                    levels[i] = even + (uneven ? 0.1f * even * fabsf(even) : 0);
+                }
                 const int64_t c = SIZES[size][0], n = SIZES[size][1];
                 float *x = malloc((size_t)(c * n) * sizeof *x), *scale = malloc((size_t)n * sizeof *x);
                 uint8_t *codes = malloc((size_t)(c * n)), *zeros = calloc((size_t)n, 1);
@@ -56,8 +63,8 @@ int main(void) {
                 if (size == 3) x[7] = NAN, x[40] = INFINITY;
                 for (int v = 0; pbq_trellis_use(v); v++, checked++) {
                     const int threads = 1 + checked % 3;
-                    if (pbq_trellis(x, scale, c, n, planes, memory, H1[memory], H0[memory], codes,
-                                    threads))
+                    if (pbq_trellis(x, scale, c, n, planes, memory, H1[memory], H0[memory],
+                                    uneven ? levels : NULL, codes, threads))
                         return 2;
                     if (!v) memcpy(first, codes, (size_t)(c * n));
                     if (memcmp(first, codes, (size_t)(c * n))) {
@@ -67,14 +74,14 @@ int main(void) {
                 }
                 for (int64_t i = 0; i < c; i++) {
                     const uint8_t *own = first + i * n;
-                    const float found = level(own, x + i * n, scale, n, planes);
+                    const float found = error(own, x + i * n, scale, n, levels);
                     if (!is_path(own, n, memory) ||
-                        found > 1.0001f * level(zeros, x + i * n, scale, n, planes)) {
+                        found > 1.0001f * error(zeros, x + i * n, scale, n, levels)) {
                         printf("sequence %d of case %d\n", (int)i, checked);
                         return 1;
                     }
                 }
-                free(x), free(scale), free(codes), free(first), free(zeros);
+                free(x), free(scale), free(levels), free(codes), free(first), free(zeros);
             }
     printf("%d cases\n", checked);
     return 0;
