@@ -52,7 +52,9 @@ class Every(dict):
 
     def __missing__(self, name):
         tier = Tier(1, len(self) + 1, tied=True, trellis=12)
-        return self.setdefault(name, LayerPlan((tier,), torch.zeros(tier.columns)))
+        return self.setdefault(
+            name, LayerPlan((tier,), torch.zeros(tier.columns, dtype=torch.uint8))
+        )
 
 
 def measured(model, ids, progress=lambda done, total: None):
