@@ -99,15 +99,21 @@ def test_no_two_uneven_levels_are_alike_and_all_are_exact_in_float16(planes: int
     assert max(WEIGHTS[planes]) < 32
 
 
-def test_the_example_of_the_format() -> None:
+@pytest.mark.parametrize(
+    "uneven, W",
+    [
+        (False, [[1, -3], [-1.03125, 1.03125], [-6, 6], [0, 0]]),
+        (True, [[1, -5], [-1.03125, 1.03125], [-10, 10], [0, 0]]),
+    ],
+)
+def test_the_examples_of_the_format(uneven: bool, W: list[list[float]]) -> None:
     """docs/format.md: a path of memory 2 on scales in a byte."""
-    layout = WeightLayout(4, 2, (Tier(1, 2, tied=True, trellis=2),), scale_bits=8)
+    layout = WeightLayout(4, 2, (Tier(1, 2, tied=True, trellis=2, uneven=uneven),), scale_bits=8)
     tensors = {
         "weight": torch.tensor([[1], [2], [3], [1]], dtype=torch.uint8),
         "scale": torch.tensor([[0x20], [0x21], [0x40], [0]], dtype=torch.uint8),
         "scale_exponent": torch.tensor([-6], dtype=torch.int8),
     }
-    W = [[1, -3], [-1.03125, 1.03125], [-6, 6], [0, 0]]
     assert dequantize(PackedWeight(layout, tensors)).tolist() == W
 
 
