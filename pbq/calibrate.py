@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ from pbq.tune import Recipe
 
 # What stands in old corpora for every word outside of their vocabularies.
 PLACEHOLDER = "<unk>"
+# Of the words made up for it, this share stands there again, among the next so many of them.
+COMING_BACK, WORDS_BACK = 2 / 3, 30
 
 # Calibration segments that the channel statistics are taken from, evenly spread.
 STATISTICS_ROWS = 16
@@ -32,7 +36,8 @@ STATISTICS_ROWS = 16
 class Calibration:
     """ids int64 [N, seqlen] and where they came from; their sha256 names the set.
 
-    clean: the same segments without the noise that ids may have; a distillation sees these.
+    clean: the same segments without the noise that ids may have, and with made-up words that come
+    back where those of ids do not; a distillation sees these.
     further: other segments [M, seqlen] of the same text, for the distillation alone.
     """
 
@@ -77,7 +82,8 @@ def load_calibration(
     beyond nsamples, as far as the texts go; further: at most so many behind those. There are none
     of the model's own text, which would have to be made first. Without `more` they are the first of
     a text; with it they are evenly spread among those of `further`, so that both hold all that it
-    is about. token_noise: see `with_noise`; with any, PLACEHOLDER gives way to `made_up_words`.
+    is about. token_noise: see `with_noise`; with any, PLACEHOLDER gives way to `made_up_words`,
+    another one each time but, in the segments without noise, for `words_that_return`.
     Neither is done to the model's own text, whose documents begin with any token of the vocabulary.
     Raises DataError when there is too little text.
     """
@@ -114,17 +120,8 @@ def load_calibration(
     looks_local = path.exists() or path.suffix in {".txt", ".jsonl", ".json", ".raw", ".md"}
     texts = _read_file(path) if looks_local else _read_dataset(source)
     name = path.name if looks_local else source
-    needed, filled = nsamples * seqlen, 0
-    if token_noise:
-        words = made_up_words(tokenizer, seed)
-
-        def fill(text: str) -> str:
-            nonlocal filled
-            parts = text.split(PLACEHOLDER)
-            filled += len(parts) - 1
-            return parts[0] + "".join(next(words) + part for part in parts[1:])
-
-        texts = map(fill, texts)
+    needed, fill = nsamples * seqlen, _Filler(tokenizer, seed)
+    texts = map(fill, texts) if token_noise else texts
     ids = _tokenize(texts, tokenizer, needed + (more + further) * seqlen)
     if len(ids) < needed:
         rows = len(ids) // seqlen
@@ -132,17 +129,23 @@ def load_calibration(
             f"{name}: {len(ids)} tokens, but {nsamples} x {seqlen} = {needed} are needed; "
             f"use a longer text{f', --nsamples {rows}' if rows else ''} or a smaller --seqlen"
         )
-    segments = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[: nsamples + more + further]
+    # as long where every word has as many tokens as the one it stands for, in any context
+    coming_back = _tokenize(fill.coming_back, tokenizer, needed + (more + further) * seqlen)
+    clean = coming_back if fill.count and len(coming_back) == len(ids) else ids
+    noisy, segments = (
+        x[: len(x) // seqlen * seqlen].view(-1, seqlen)[: nsamples + more + further]
+        for x in (ids, clean)
+    )
     count = min(nsamples + more, len(segments))
     chosen = torch.zeros(len(segments), dtype=torch.bool)
     chosen[evenly(len(segments), count) if more else slice(count)] = True
-    clean = fitted = segments[chosen]
+    fitted = noisy[chosen]
     if token_noise:
         name += f" with {100 * token_noise:g} % of other tokens for the blocks"
-        name += f" and words for {PLACEHOLDER}" * (filled > 0)
+        name += f" and words for {PLACEHOLDER}" * (fill.count > 0)
         ordinary, _ = ordinary_tokens(model, tokenizer)
-        fitted = with_noise(clean, token_noise, ordinary, seed)
-    return Calibration(fitted, name, segments[~chosen], clean)
+        fitted = with_noise(fitted, token_noise, ordinary, seed)
+    return Calibration(fitted, name, segments[~chosen], segments[chosen])
 
 
 def evenly(total: int, count: int) -> list[int]:
@@ -189,6 +192,50 @@ def made_up_words(tokenizer: Any, seed: int) -> Iterator[str]:
             continue
         start, more = starts[drawn(len(starts))], drawn(3)
         yield start + "".join(ends[drawn(len(ends))] for _ in range(more))
+
+
+def words_that_return(
+    words: Iterable[str], tokens: Callable[[str], int], seed: int
+) -> Iterator[tuple[str, str]]:
+    """Each word, and what stands there in a text where words come back, as names do in an article.
+
+    That is one of as many tokens from among the last of its kind, or the word itself.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    before: deque[tuple[int, str]] = deque(maxlen=WORDS_BACK)
+    for word in words:
+        size, found = tokens(word), word
+        alike = [other for count, other in before if count == size]
+        if alike and float(torch.rand((), generator=generator)) < COMING_BACK:
+            found = alike[int(torch.randint(len(alike), (), generator=generator))]
+        before.append((size, found))
+        yield word, found
+
+
+class _Filler:
+    """Texts with made-up words for PLACEHOLDER.
+
+    count: of these so far. coming_back: the same texts so far, with words that come back.
+    """
+
+    def __init__(self, tokenizer: Any, seed: int) -> None:
+        self.count, self.coming_back = 0, list[str]()
+
+        def tokens(word: str) -> int:
+            return len(tokenizer(f" {word}", add_special_tokens=False).input_ids)
+
+        self._words = words_that_return(made_up_words(tokenizer, seed), tokens, seed)
+
+    def __call__(self, text: str) -> str:
+        start, *parts = text.split(PLACEHOLDER)
+        pairs = list(itertools.islice(self._words, len(parts)))
+        self.count += len(parts)
+        once, again = (
+            start + "".join(pair[i] + part for pair, part in zip(pairs, parts, strict=True))
+            for i in (0, 1)
+        )
+        self.coming_back.append(again)
+        return once
 
 
 def _shuffled(generator: torch.Generator, *each: Sequence[Tensor]) -> list[Tensor]:

@@ -12,11 +12,14 @@ import torch
 from torch import nn
 
 from pbq.calibrate import (
+    COMING_BACK,
+    WORDS_BACK,
     Calibration,
     batches,
     channel_stats,
     load_calibration,
     made_up_words,
+    words_that_return,
 )
 from pbq.errors import DataError, NumericalError
 
@@ -152,6 +155,49 @@ def test_placeholders_become_words_where_there_is_noise(tmp_path, tiny_tokenizer
     plain = tiny_tokenizer(text, add_special_tokens=False).input_ids[:200]
     for same in (loaded(0), loaded(1e-9, tiny_tokenizer)):
         assert same.ids.flatten().tolist() == plain
+
+
+def test_words_that_come_back_are_of_the_last_and_as_long():
+    words = ["".join(pair) for pair in itertools.product("Abcdefghijklmnop", repeat=2)] * 2
+    words = [word + "x" * (i % 3) for i, word in enumerate(words)]
+
+    def made(seed):
+        return list(words_that_return(iter(words), len, seed))
+
+    pairs = made(0)
+    assert [word for word, _ in pairs] == words
+    assert all(len(word) == len(found) for word, found in pairs)
+    back = [i for i, (word, found) in enumerate(pairs) if word != found]
+    assert len(back) / len(pairs) == pytest.approx(COMING_BACK, abs=0.07)
+    stood = [found for _, found in pairs]
+    assert all(stood[i] in stood[max(0, i - WORDS_BACK) : i] for i in back)
+    assert pairs == made(0) != made(1)
+
+
+def test_a_distillation_sees_words_come_back_in_the_same_places(
+    tmp_path, tiny_tokenizer, tiny_model
+):
+    (tmp_path / "a.txt").write_text("of <unk> and <unk> . " * 60)
+    tokenizer = Pieces(tiny_tokenizer, [f"Ġ{a}{b}" for a in "ABCD" for b in "uvwxyz"] + ["ing"])
+    found = load_calibration(
+        str(tmp_path / "a.txt"),
+        tokenizer,
+        tiny_model("llama"),
+        nsamples=10,
+        seqlen=40,
+        seed=0,
+        token_noise=1e-9,
+    )
+    once, again = (
+        tiny_tokenizer.decode(x.flatten().tolist()).replace(" ", "")
+        for x in (found.ids, found.clean)
+    )
+    assert found.ids.shape == found.clean.shape and once != again
+    pattern = r"([A-D][u-z](?:ing)*)"
+    names = [re.findall(pattern, text) for text in (once, again)]
+    assert [len(name) for name in names[0]] == [len(name) for name in names[1]]
+    assert len(set(names[1])) < 0.6 * len(set(names[0]))
+    assert re.sub(pattern, "@", once) == re.sub(pattern, "@", again)
 
 
 def test_the_hash_names_the_ids(tmp_path, tiny_tokenizer):
