@@ -14,7 +14,6 @@
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
 #define MOST_STATES 4096
-#define MOST_LEVELS 256
 
 /* A path's last bits, the newest lowest, are a state; the bit that enters moves them up. States s
  * and s + half, which differ in their oldest bit, thus both lead to 2 s (a 0 enters) and 2 s + 1.
@@ -24,7 +23,6 @@ typedef struct {
     int top; /* codes of a label: label + 4 * (0 to top) */
     float steps;
     const float *levels;        /* rising; where there are none they are 2 * code - steps */
-    float middle[MOST_LEVELS];  /* between the levels of a code and of the next with its label */
     int half;                   /* of the states */
     int row;                    /* bytes of decisions that a step takes */
     uint8_t label[MOST_STATES]; /* of a state and a 0. Linear: label[s ^ t] = label[s] ^ label[t] */
@@ -153,27 +151,44 @@ static AVX512 float *forward_avx512(const Code *c, int64_t n, const float *d, fl
 
 #endif
 
+/* The code of a label that is nearest to x. */
 INLINE float nearest(const Code *c, float x, int label) {
-    const float top = (float)c->top;
     if (c->levels) {
-        float passed = 0;
-        for (int i = 0; i < c->top; i++) passed += x > c->middle[label + 4 * i];
-        return (float)label + 4 * passed;
+        int found = label;
+        for (int code = label + 4; code <= 4 * c->top + label; code += 4)
+            if (fabsf(x - c->levels[code]) < fabsf(x - c->levels[found])) found = code;
+        return (float)found;
     }
+    const float top = (float)c->top;
     const float rest = rintf(((x + c->steps) * 0.5f - (float)label) * 0.25f);
     const float raised = rest > 0 ? rest : 0;
     return (float)label + 4 * (raised < top ? raised : top);
 }
 
+/* Of each label: the squared distance from x to its nearest level. */
+INLINE void squares(const Code *c, float x, float d[4]) {
+    if (!c->levels) {
+        for (int label = 0; label < 4; label++) {
+            const float e = x - (2 * nearest(c, x, label) - c->steps);
+            d[label] = e * e;
+        }
+        return;
+    }
+    for (int label = 0; label < 4; label++) d[label] = 3e38f;
+    for (int i = 0; i <= c->top; i++) /* the labels side by side in a register */
+        for (int label = 0; label < 4; label++) {
+            const float e = x - c->levels[4 * i + label];
+            d[label] = e * e < d[label] ? e * e : d[label];
+        }
+}
+
 /* x [n] in units of a row's scale, square [n]: that scale squared; d [n][4] and oldest: scratch. */
 INLINE void search(Forward *forward, const Code *c, int64_t n, const float *x, const float *square,
                    float *d, uint8_t *oldest, uint8_t *restrict codes) {
-    for (int64_t t = 0; t < n; t++)
-        for (int label = 0; label < 4; label++) {
-            const float code = nearest(c, x[t], label);
-            const float e = x[t] - (c->levels ? c->levels[(int)code] : 2 * code - c->steps);
-            d[4 * t + label] = e * e * square[t];
-        }
+    for (int64_t t = 0; t < n; t++) {
+        squares(c, x[t], d + 4 * t);
+        for (int label = 0; label < 4; label++) d[4 * t + label] *= square[t];
+    }
     const unsigned half = (unsigned)c->half, states = 2 * half, side = (unsigned)c->row / 2;
     float costs[2][MOST_STATES] __attribute__((aligned(64)));
     for (unsigned s = 0; s < states; s++) costs[0][s] = s ? 1e30f : 0;
@@ -248,10 +263,7 @@ EXPORT int pbq_trellis(const float *x, const float *scale, int64_t sequences, in
                        int memory, int h1, int h0, const float *levels, uint8_t *codes,
                        int threads) {
     const int half = 1 << (memory - 1);
-    Code c = {.top = (1 << (planes - 2)) - 1, .steps = (float)((1 << planes) - 1)};
-    c.levels = levels;
-    for (int i = 0; levels && i + 4 < 1 << planes; i++)
-        c.middle[i] = (levels[i] + levels[i + 4]) / 2;
+    Code c = {.top = (1 << (planes - 2)) - 1, .steps = (float)((1 << planes) - 1), .levels = levels};
     c.half = half, c.row = half < 8 ? 2 : half / 4;
     for (int i = 0; i < memory; i++) {
         const int bit = 2 * (h1 >> (i + 1) & 1) + (h0 >> (i + 1) & 1);
