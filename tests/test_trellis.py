@@ -224,7 +224,7 @@ def test_waterfill_has_trellises_where_there_is_a_compiler(
 ) -> None:
     config = QuantConfig()
     coded = waterfill.method(config).tiers([1, 2, 0, 4, 0])
-    assert [(t.planes, t.columns, t.trellis) for t in coded] == [(0, 1, 0), (1, 2, 8), (3, 4, 8)]
+    assert [(t.planes, t.columns, t.trellis) for t in coded] == [(0, 1, 0), (1, 2, 12), (3, 4, 12)]
     assert [t.uneven for t in coded] == [False, True, True]
     assert not any(t.uneven for t in waterfill.Waterfill(scale_bits=16).tiers([1, 2, 0, 4, 0]))
     monkeypatch.setattr(waterfill, "compiled", lambda: None)
