@@ -38,9 +38,10 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "ablation.json"
 ROW = "PBQ_ABLATION"
 
-ALL, PLAIN, HALF, ONE_MIX, UNFITTED, TRAINED, UNDISTILLED = (
+ALL, PLAIN, EVEN, HALF, ONE_MIX, UNFITTED, TRAINED, UNDISTILLED = (
     "all of it",
     "plain levels, no trellis",
+    "evenly spaced levels",
     "scales in 16 bits, not 8",
     "the same bits, and 1 or 4 planes a column",
     "scales from the largest entry, not fitted",
@@ -48,7 +49,11 @@ ALL, PLAIN, HALF, ONE_MIX, UNFITTED, TRAINED, UNDISTILLED = (
     "not distilled",
 )
 # What the method is instead.
-METHODS: dict[str, dict[str, int]] = {PLAIN: {"memory": 0}, HALF: {"scale_bits": 16}}
+METHODS: dict[str, dict[str, int]] = {
+    PLAIN: {"memory": 0},
+    EVEN: {"uneven": False},
+    HALF: {"scale_bits": 16},
+}
 # What its recipe is instead.
 RECIPES: dict[str, dict[str, object]] = {
     "the same bits for every layer": {"sensitivity": False},
@@ -100,10 +105,7 @@ class Ablated(Waterfill):
 
 def _unfitted(W: Tensor, tier: Tier) -> Grid:
     """Levels evenly out to the largest |w| of the row."""
-    power = 2.0 ** torch.arange(tier.depth, device=W.device)
-    scale = W.abs().amax(1, keepdim=True) / (2**tier.depth - 1)
-    scale = stored(scale.clamp(min=1e-7)) * power
-    return TrellisGrid(scale, W.new_zeros(len(W)), tier.trellis)
+    return TrellisGrid.of(stored((W.abs().amax(1) / sum(tier.weights)).clamp(min=1e-7)), tier)
 
 
 def method(config: QuantConfig) -> Ablated:

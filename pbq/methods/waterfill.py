@@ -1,10 +1,10 @@
 """waterfill: tiers of 0 to 4 planes by reverse water-filling, everything trained end to end.
 
 Each layer gets bits by what the model loses when it alone is rounded, each of its channels planes
-by the damage avoided per stored bit, E[x²]·|w|². Tiers are trellis-coded (pbq_kernels/trellis.py)
-and have one scale of a byte a row, found by alternating least squares. The linears are rebuilt as
-for ptq161 (compensated GPTQ, coarse tier first, joint scales, one sweep over the codes). Then
-scales and norms are trained against the original model.
+by the damage avoided per stored bit, E[x²]·|w|². Tiers are trellis-coded (pbq_kernels/trellis.py),
+on the levels that suit a Gaussian, and have one scale of a byte a row, found by alternating least
+squares. The linears are rebuilt as for ptq161 (compensated GPTQ, coarse tier first, joint scales,
+sweeps over the codes). Then scales and norms are trained against the original model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pbq_kernels.trellis import WEIGHTS
 log = logging.getLogger(__name__)
 
 # Memory of the trellis of every tier: 256 states leave 4 % less of a Gaussian than 16, and 4096
-# another 2 %, for fifteen times the time of a search.
+# another 2 %, for ten times the time of a search.
 MEMORY = {"fast": 10, "default": 12, "best": 12}
 SCALE_BITS = 8
 # Over the codes. The second and third take 1 to 5 % more of q_proj's and k_proj's error.
@@ -50,6 +50,8 @@ STEPS = {"fast": 30, "default": 250, "best": 1000}
 
 @dataclass(frozen=True)
 class Waterfill:
+    """memory: of the trellises, 0 for none. uneven: their levels, where scales take a byte."""
+
     memory: int = MEMORY["default"]
     scale_bits: int = SCALE_BITS
     uneven: bool = True
