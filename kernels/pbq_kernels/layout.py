@@ -361,6 +361,10 @@ class PackedWeight:
             kinds = zip(scales, layout.plain().tiers, strict=True)
             kept = [(s[..., :1] if tier.tied else s).flatten(1) for s, tier in kinds]
             tensors["scale"] = torch.cat(kept, 1).half()
+            if not torch.isfinite(tensors["scale"]).all():
+                raise PackedFormatError(
+                    "scale: too large for float16 once multiplied for its plane"
+                )
         return PackedWeight(layout.plain(), tensors)
 
 

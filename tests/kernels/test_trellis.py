@@ -328,6 +328,13 @@ def test_the_plain_form_is_the_same_weight(n: int, k: int, memory: int, uneven: 
     assert torch.equal(plain.tensors["weight"], again.plain().tensors["weight"])
 
 
+def test_a_plane_that_float16_cannot_scale_is_refused() -> None:
+    pw = packed(33, 63, 4, uneven=True)
+    tensors = {**pw.tensors, "scale_exponent": torch.full_like(pw.tensors["scale_exponent"], 3)}
+    with pytest.raises(PackedFormatError, match="too large for float16"):
+        PackedWeight(pw.layout, {**tensors, "scale": tensors["scale"] | 224}).plain()
+
+
 @pytest.mark.parametrize("m", [1, 3, 40])
 @pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize("backend", ["cpu", "cpu-int8", "reference", "auto"])
