@@ -362,9 +362,7 @@ class PackedWeight:
             kept = [(s[..., :1] if tier.tied else s).flatten(1) for s, tier in kinds]
             tensors["scale"] = torch.cat(kept, 1).half()
             if not torch.isfinite(tensors["scale"]).all():
-                raise PackedFormatError(
-                    "scale: too large for float16 once multiplied for its plane"
-                )
+                raise PackedFormatError("scale: a plane of uneven levels is too large for float16")
         return PackedWeight(layout.plain(), tensors)
 
 
