@@ -13,6 +13,9 @@
  *
  * NEON has tables of integers for both modes: see there.
  *
+ * Of a tier with a trellis (trellis.py) the stream has the stored planes, and the planes of its
+ * levels are made as they are read, a chunk of words at a time.
+ *
  * Sizes are checked by the caller (cpu.py); nothing here allocates from unchecked input.
  */
 #include <math.h>
@@ -47,6 +50,14 @@ static int omp_get_thread_num(void) { return 0; }
 #define WORD 32  /* positions of x kept for one weight word; AVX2 leaves the last two empty */
 #define TOKENS 4 /* multiplied at once, while so many are left */
 #define MAX_TILE 64
+#define MAX_PLANES 8
+#define EDGE 16 /* rows above a tile that its planes may be made of: 12, and whole registers */
+/* Words of a trellis whose planes are made at once: they stay in the first cache. */
+#ifdef __aarch64__
+#define CHUNK 64 /* the BLOCK of NEON */
+#else
+#define CHUNK 16
+#endif
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { EXACT, INT8 };
@@ -59,10 +70,15 @@ typedef struct {
   int32_t words;      /* of one plane of one row */
   int32_t first_word; /* its place in the words of x */
   int32_t stream;     /* its first word in the stream of one row */
-  int32_t planes;
-  int32_t tied;   /* plane p scales by 2**p times the one stored scale */
-  int32_t scale;  /* slot of the first scale */
-  int32_t offset; /* slot of the offset, or -1 */
+  int32_t stored;     /* planes in the stream */
+  int32_t planes;     /* of the levels: one more with a trellis */
+  int32_t tied;       /* one scale is stored for all planes */
+  int32_t scale;      /* slot of the first scale */
+  int32_t offset;     /* slot of the offset, or -1 */
+  int32_t path;       /* of a trellis, else 0: bit i is set where plane 1 has the path i rows ago */
+  int32_t delay;      /* of a trellis: plane 0 is the path so many rows ago */
+  int32_t uneven;     /* of a trellis: the planes of 2 to 4 made so are the place of the level */
+  float factor[MAX_PLANES]; /* of each plane of the levels, times its stored scale */
 } Group;
 
 /* Mirrors Weight in cpu.py. */
@@ -157,12 +173,9 @@ INLINE void store(void *y, int64_t i, int dtype, float value) {
     ((uint16_t *)y)[i] = dtype == BFLOAT16 ? float_to_bfloat(value) : float_to_half(value);
 }
 
-INLINE float plane_factor(const Group *g, int plane) {
-  return g->tied ? (float)(1 << plane) : 1.0f;
-}
-
 INLINE int scale_slot(const Group *g, int plane) { return g->tied ? g->scale : g->scale + plane; }
 
+/* Of a stored plane. */
 INLINE const uint32_t *plane_words(const Weight *w, int64_t tile, const Group *g, int plane) {
   return w->data + (tile * w->stream + g->stream + (int64_t)plane * g->words) * w->tile;
 }
@@ -174,6 +187,178 @@ INLINE const uint16_t *scales_of(const Weight *w, int64_t tile, int slot) {
 /* Lookups that the last word of a group still needs: the rest of it is padding. */
 INLINE int last_lookups(const Group *g, int word_columns, int step) {
   return (g->columns - (g->words - 1) * word_columns + step - 1) / step;
+}
+
+/* --- trellis -------------------------------------------------------------------------------- */
+
+/* Planes of the levels, some words and rows of them, each with its step from word to word: in the
+ * stream as they are, or made here. */
+typedef struct {
+  const uint32_t *data[MAX_PLANES];
+  int stride[MAX_PLANES];
+  uint32_t made[4][CHUNK * MAX_TILE];
+  uint32_t edge[CHUNK * 2 * EDGE]; /* the rows above a tile and its first ones, side by side */
+} Planes;
+
+/* Words [begin, end) and rows [first, first + rows) of a group with a trellis. */
+typedef void Expand(const Weight *w, int64_t tile, const Group *g, int first, int rows, int begin,
+                    int end, Planes *to);
+
+/* bits[p] is bit p of a level's place among 2**planes uneven ones, and becomes the sign of plane p:
+ * `sums` of trellis.py as Boolean functions. A level's negative has the opposite signs. */
+INLINE void signs_of_place(const int planes, uint32_t *bits) {
+  if (planes < 3) return; /* they are the signs */
+  const uint32_t flip = ~bits[planes - 1], a = bits[0] ^ flip, b = bits[1] ^ flip;
+  if (planes == 3) {
+    bits[0] = (a | ~b) ^ flip;
+    bits[1] = (b | ~a) ^ flip;
+    bits[2] = (a | b) ^ flip;
+    return;
+  }
+  const uint32_t c = bits[2] ^ flip;
+  bits[0] = ((a & b) | (c & ~b)) ^ flip;
+  bits[1] = (~(a ^ b) | (a ^ c)) ^ flip;
+  bits[2] = (b | ~(a ^ c)) ^ flip;
+  bits[3] = (c | (a ^ b)) ^ flip;
+}
+
+/* Rows of the two planes that a path makes, in every word. u: the first of these rows of the path,
+ * which is readable above them. */
+INLINE void filter(const int lanes, const int taps, const uint32_t *restrict u, int stride,
+                   const int *tap, int delay, int words, uint32_t *restrict low,
+                   uint32_t *restrict high, int rows) {
+  for (int word = 0; word < words; word++, u += stride, low += rows, high += rows) {
+#pragma GCC unroll 1 /* what is unrolled early becomes no vector instructions */
+    for (int r = 0; r < lanes; r++) low[r] = u[r - delay];
+#pragma GCC unroll 1
+    for (int r = 0; r < lanes; r++) {
+      uint32_t sum = u[r];
+#pragma GCC unroll 8
+      for (int i = 0; i < taps; i++) sum ^= u[r - tap[i]];
+      high[r] = sum;
+    }
+  }
+}
+
+INLINE void place_to_signs(const int lanes, const int planes, int words, int rows,
+                           const uint32_t *stored, int64_t plane, int stride, Planes *to) {
+  for (int word = 0; word < words; word++, stored += stride)
+    for (int first = 0; first < rows; first += lanes) {
+      uint32_t *restrict made = to->made[0] + word * rows + first;
+#pragma GCC unroll 1
+      for (int r = 0; r < lanes; r++) {
+        uint32_t bits[4] = {made[r], made[CHUNK * MAX_TILE + r], stored[first + r],
+                            planes > 3 ? stored[plane + first + r] : 0};
+        signs_of_place(planes, bits);
+        for (int p = 0; p < planes; p++) made[p * CHUNK * MAX_TILE + r] = bits[p];
+      }
+    }
+}
+
+/* In registers of so many rows, up to EDGE. */
+INLINE void expand(const int lanes, const Weight *w, int64_t tile, const Group *g, int first,
+                   int rows, int begin, int end, Planes *to) {
+  const int words = end - begin;
+  const int64_t plane = (int64_t)g->words * w->tile;
+  const uint32_t *path = plane_words(w, tile, g, 0) + (int64_t)begin * w->tile;
+  if (first < EDGE)
+    for (int word = 0; word < words; word++) {
+      uint32_t *edge = to->edge + word * 2 * EDGE;
+      const uint32_t *here = path + word * w->tile;
+      if (tile)
+        memcpy(edge, here - (int64_t)w->stream * w->tile + w->tile - EDGE, EDGE * 4);
+      else
+        memset(edge, 0, EDGE * 4);
+      memcpy(edge + EDGE, here, EDGE * 4);
+    }
+  int tap[EDGE], taps = 0;
+  for (int i = 1; i < EDGE; i++)
+    if (g->path >> i & 1) tap[taps++] = i;
+  for (int r = first; r < first + rows; r += lanes) {
+    const uint32_t *u = r < EDGE ? to->edge + EDGE + r : path + r;
+    const int stride = r < EDGE ? 2 * EDGE : w->tile;
+    uint32_t *low = to->made[0] + r - first, *high = to->made[1] + r - first;
+    switch (taps) { /* as many as the polynomials of trellis.py have */
+      case 1: filter(lanes, 1, u, stride, tap, g->delay, words, low, high, rows); break;
+      case 2: filter(lanes, 2, u, stride, tap, g->delay, words, low, high, rows); break;
+      case 4: filter(lanes, 4, u, stride, tap, g->delay, words, low, high, rows); break;
+      case 5: filter(lanes, 5, u, stride, tap, g->delay, words, low, high, rows); break;
+      case 6: filter(lanes, 6, u, stride, tap, g->delay, words, low, high, rows); break;
+      default: filter(lanes, taps, u, stride, tap, g->delay, words, low, high, rows);
+    }
+  }
+  const uint32_t *others = path + plane + first; /* the stored planes behind the path */
+  if (g->uneven && g->planes == 3) place_to_signs(lanes, 3, words, rows, others, plane, w->tile, to);
+  if (g->uneven && g->planes == 4) place_to_signs(lanes, 4, words, rows, others, plane, w->tile, to);
+  for (int p = 0; p < g->planes; p++) {
+    const int made = p < 2 || g->uneven;
+    to->data[p] = made ? to->made[p] : others + (p - 2) * plane;
+    to->stride[p] = made ? rows : w->tile;
+  }
+}
+
+#define DEFINE_EXPAND(SUFFIX, TARGET, LANES)                                                       \
+  static __attribute__((noinline)) TARGET void expand_##SUFFIX(                                    \
+      const Weight *w, int64_t tile, const Group *g, int first, int rows, int begin, int end,      \
+      Planes *to) {                                                                                \
+    expand(LANES, w, tile, g, first, rows, begin, end, to);                                        \
+  }
+
+/* The planes of rows [first, first + rows) of a tile, from word `begin` of a group to the one that
+ * is returned: all words, or CHUNK of them where planes are to be made. */
+INLINE int take_words(Expand *expand, const Weight *w, int64_t tile, const Group *g, int first,
+                      int rows, int begin, Planes *to) {
+  if (!g->path) {
+    for (int p = 0; p < g->planes; p++) {
+      to->data[p] = plane_words(w, tile, g, p) + first;
+      to->stride[p] = w->tile;
+    }
+    return g->words;
+  }
+  const int end = g->words - begin < CHUNK ? g->words : begin + CHUNK;
+  expand(w, tile, g, first, rows, begin, end, to);
+  return end;
+}
+
+/* Where the path of a row and group lies so many rows above, or NULL where there is no such row. */
+INLINE const uint32_t *path_above(const Weight *w, const Group *g, int64_t tile, int64_t lane,
+                                  int rows) {
+  if (rows <= lane) return plane_words(w, tile, g, 0) + lane - rows;
+  return tile ? plane_words(w, tile - 1, g, 0) + w->tile + lane - rows : NULL;
+}
+
+/* One row of a group, to be read word after word. */
+typedef struct {
+  const uint32_t *stored; /* plane 0 */
+  const uint32_t *low;    /* of a trellis: the path that is plane 0, or NULL for zero ... */
+  const uint32_t *high[EDGE]; /* ... and those whose XOR is plane 1 */
+  int highs;
+} Row;
+
+INLINE void find_row(const Weight *w, const Group *g, int64_t tile, int64_t lane, Row *to) {
+  to->stored = plane_words(w, tile, g, 0) + lane;
+  to->low = NULL;
+  to->highs = 0;
+  if (!g->path) return;
+  to->low = path_above(w, g, tile, lane, g->delay);
+  for (int i = 0; i < EDGE; i++) {
+    const uint32_t *above = g->path >> i & 1 ? path_above(w, g, tile, lane, i) : NULL;
+    if (above) to->high[to->highs++] = above;
+  }
+}
+
+/* bits[p]: plane p of a word of the row. */
+INLINE void row_planes(const Weight *w, const Group *g, const Row *row, int word, uint32_t *bits) {
+  const int64_t at = (int64_t)word * w->tile, plane = (int64_t)g->words * w->tile;
+  if (!g->path) {
+    for (int p = 0; p < g->planes; p++) bits[p] = row->stored[p * plane + at];
+    return;
+  }
+  bits[0] = row->low ? row->low[at] : 0;
+  bits[1] = row->high[0][at];
+  for (int i = 1; i < row->highs; i++) bits[1] ^= row->high[i][at];
+  for (int p = 2; p < g->planes; p++) bits[p] = row->stored[(p - 1) * plane + at];
+  if (g->uneven) signs_of_place(g->planes, bits);
 }
 
 /* --- portable ------------------------------------------------------------------------------- */
@@ -190,24 +375,31 @@ static void tabulate_portable(const float *x, int words, float *table, int token
     }
 }
 
+DEFINE_EXPAND(portable, , 4)
+
 static void exact_tile_portable(const Weight *w, const Activations *a, int64_t tile, float *y) {
+  Planes planes;
   for (int t = 0; t < a->tokens; t++, y += w->tile) {
     for (int r = 0; r < w->tile; r++) y[r] = 0;
     for (int i = 0; i < w->groups; i++) {
       const Group *g = w->group + i;
-      for (int p = 0; p < g->planes; p++) {
-        const uint32_t *data = plane_words(w, tile, g, p);
-        const uint16_t *scale = scales_of(w, tile, scale_slot(g, p));
-        float acc[MAX_TILE] = {0};
-        for (int word = 0; word < g->words; word++, data += w->tile) {
-          const float *table =
-              a->table + ((int64_t)(g->first_word + word) * LOOKUPS * a->tokens + t) * 16;
-          const int lookups = word + 1 < g->words ? LOOKUPS : last_lookups(g, WORD, 4);
-          for (int s = 0; s < lookups; s++, table += 16 * a->tokens)
-            for (int r = 0; r < w->tile; r++) acc[r] += table[data[r] >> 4 * s & 15];
+      float acc[MAX_PLANES][MAX_TILE] = {0};
+      for (int begin = 0, end; begin < g->words; begin = end) {
+        end = take_words(expand_portable, w, tile, g, 0, w->tile, begin, &planes);
+        for (int p = 0; p < g->planes; p++) {
+          const uint32_t *data = planes.data[p];
+          for (int word = begin; word < end; word++, data += planes.stride[p]) {
+            const float *table =
+                a->table + ((int64_t)(g->first_word + word) * LOOKUPS * a->tokens + t) * 16;
+            const int lookups = word + 1 < g->words ? LOOKUPS : last_lookups(g, WORD, 4);
+            for (int s = 0; s < lookups; s++, table += 16 * a->tokens)
+              for (int r = 0; r < w->tile; r++) acc[p][r] += table[data[r] >> 4 * s & 15];
+          }
         }
-        for (int r = 0; r < w->tile; r++)
-          y[r] += half_to_float(scale[r]) * plane_factor(g, p) * acc[r];
+      }
+      for (int p = 0; p < g->planes; p++) {
+        const uint16_t *scale = scales_of(w, tile, scale_slot(g, p));
+        for (int r = 0; r < w->tile; r++) y[r] += half_to_float(scale[r]) * g->factor[p] * acc[p][r];
       }
       if (g->offset >= 0)
         for (int r = 0; r < w->tile; r++)
@@ -236,27 +428,33 @@ static void quantize_portable(const float *x, int words, int8_t *q, float *scale
 }
 
 static void int8_tile_portable(const Weight *w, const Activations *a, int64_t tile, float *y) {
+  Planes planes;
   for (int t = 0; t < a->tokens; t++, y += w->tile) {
     for (int r = 0; r < w->tile; r++) y[r] = 0;
     for (int i = 0; i < w->groups; i++) {
       const Group *g = w->group + i;
       const int at = t * w->groups + i;
+      int32_t acc[MAX_PLANES][MAX_TILE] = {0};
+      for (int begin = 0, end; begin < g->words; begin = end) {
+        end = take_words(expand_portable, w, tile, g, 0, w->tile, begin, &planes);
+        for (int p = 0; p < g->planes; p++) {
+          const uint32_t *data = planes.data[p];
+          const int8_t *q = a->q + ((int64_t)t * w->words + g->first_word + begin) * WORD;
+          for (int word = begin; word < end; word++, data += planes.stride[p], q += WORD)
+            for (int s = 0; s < LOOKUPS; s++) {
+              int32_t sums[16] = {0}; /* of the x whose bits are set */
+              for (int i = 0; i < 4; i++)
+                for (int code = 0; code < 1 << i; code++)
+                  sums[code + (1 << i)] = sums[code] + q[16 * (s % 2) + 4 * i + s / 2];
+              for (int r = 0; r < w->tile; r++) acc[p][r] += sums[data[r] >> 4 * s & 15];
+            }
+        }
+      }
       for (int p = 0; p < g->planes; p++) {
-        const uint32_t *data = plane_words(w, tile, g, p);
         const uint16_t *scale = scales_of(w, tile, scale_slot(g, p));
-        const int8_t *q = a->q + ((int64_t)t * w->words + g->first_word) * WORD;
-        int32_t acc[MAX_TILE] = {0};
-        for (int word = 0; word < g->words; word++, data += w->tile, q += WORD)
-          for (int s = 0; s < LOOKUPS; s++) {
-            int32_t sums[16] = {0}; /* of the x whose bits are set */
-            for (int i = 0; i < 4; i++)
-              for (int code = 0; code < 1 << i; code++)
-                sums[code + (1 << i)] = sums[code] + q[16 * (s % 2) + 4 * i + s / 2];
-            for (int r = 0; r < w->tile; r++) acc[r] += sums[data[r] >> 4 * s & 15];
-          }
         for (int r = 0; r < w->tile; r++)
-          y[r] += half_to_float(scale[r]) * (plane_factor(g, p) * a->q_scale[at]) *
-                  (float)(2 * acc[r] - a->q_sum[at]);
+          y[r] += half_to_float(scale[r]) * g->factor[p] * a->q_scale[at] *
+                  (float)(2 * acc[p][r] - a->q_sum[at]);
       }
       if (g->offset >= 0)
         for (int r = 0; r < w->tile; r++)
@@ -291,7 +489,7 @@ INLINE void store_many(const float *from, int64_t count, int dtype, void *to, in
 INLINE void code_values(const Weight *w, const Group *g, int64_t tile, int64_t lane, float *value) {
   value[0] = g->offset < 0 ? 0.0f : half_to_float(scales_of(w, tile, g->offset)[lane]);
   for (int p = 0; p < g->planes; p++) {
-    const float s = half_to_float(scales_of(w, tile, scale_slot(g, p))[lane]) * plane_factor(g, p);
+    const float s = half_to_float(scales_of(w, tile, scale_slot(g, p))[lane]) * g->factor[p];
     for (int code = 0; code < 1 << p; code++) {
       value[code + (1 << p)] = value[code] + s;
       value[code] -= s;
@@ -307,12 +505,13 @@ INLINE void decode_row(const Weight *w, int64_t row, int dtype, void *out, LookU
   int64_t at = 0;
   for (int i = 0; i < w->groups; i++) {
     const Group *g = w->group + i;
-    const uint32_t *data = plane_words(w, tile, g, 0) + lane;
+    Row stored;
+    find_row(w, g, tile, lane, &stored);
     float value[256];
     code_values(w, g, tile, lane, value);
-    for (int word = 0; word < g->words; word++, data += w->tile) {
-      uint32_t bits[8];
-      for (int p = 0; p < g->planes; p++) bits[p] = data[(int64_t)p * g->words * w->tile];
+    for (int word = 0; word < g->words; word++) {
+      uint32_t bits[MAX_PLANES];
+      row_planes(w, g, &stored, word, bits);
       float entries[WORD];
       look_up(value, bits, g->planes, entries);
       if (w->column_scale)
@@ -410,30 +609,47 @@ INLINE AVX2 void lookup_avx2(const int T, const int R, const uint32_t *data, con
   }
 }
 
+DEFINE_EXPAND(avx2, AVX2, 8)
+
 /* T tokens times R registers of rows, from row `first` of the tile. Two accumulators each: the
  * additions of one would wait for each other. */
 INLINE AVX2 void exact_rows_avx2(const int T, const int R, const Weight *w, const Activations *a,
                                  int64_t tile, int first, float *y) {
-  __m256 total[4][4];
+  Planes planes;
+  __m256 total[4][4], kept[MAX_PLANES][2][4][4]; /* of the words before */
   for (int t = 0; t < T; t++)
     for (int r = 0; r < R; r++) total[t][r] = _mm256_setzero_ps();
   for (int i = 0; i < w->groups; i++) {
     const Group *g = w->group + i;
-    for (int p = 0; p < g->planes; p++) {
-      const uint32_t *data = plane_words(w, tile, g, p) + first;
-      const float *table = a->table + (int64_t)g->first_word * AVX2_LOOKUPS * T * 8;
-      __m256 acc[2][4][4];
-      for (int t = 0; t < T; t++)
-        for (int r = 0; r < R; r++) acc[0][t][r] = acc[1][t][r] = _mm256_setzero_ps();
-      for (int word = 1; word < g->words; word++, data += w->tile, table += AVX2_LOOKUPS * T * 8)
-        lookup_avx2(T, R, data, table, AVX2_LOOKUPS, acc);
-      lookup_avx2(T, R, data, table, last_lookups(g, 3 * AVX2_LOOKUPS, 3), acc);
-      const __m256 factor = _mm256_set1_ps(plane_factor(g, p));
-      for (int r = 0; r < R; r++) {
-        const __m256 s = _mm256_mul_ps(
-            scales_avx2(scales_of(w, tile, scale_slot(g, p)) + first + 8 * r), factor);
-        for (int t = 0; t < T; t++)
-          total[t][r] = _mm256_fmadd_ps(s, _mm256_add_ps(acc[0][t][r], acc[1][t][r]), total[t][r]);
+    for (int begin = 0, end; begin < g->words; begin = end) {
+      end = take_words(expand_avx2, w, tile, g, first, 8 * R, begin, &planes);
+      for (int p = 0; p < g->planes; p++) {
+        const uint32_t *data = planes.data[p];
+        const int stride = planes.stride[p], last = end == g->words;
+        const float *table = a->table + (int64_t)(g->first_word + begin) * AVX2_LOOKUPS * T * 8;
+        __m256 acc[2][4][4];
+        for (int j = 0; j < 2; j++)
+          for (int t = 0; t < T; t++)
+            for (int r = 0; r < R; r++)
+              acc[j][t][r] = begin ? kept[p][j][t][r] : _mm256_setzero_ps();
+        for (int word = begin; word < end - last;
+             word++, data += stride, table += AVX2_LOOKUPS * T * 8)
+          lookup_avx2(T, R, data, table, AVX2_LOOKUPS, acc);
+        if (!last) {
+          for (int j = 0; j < 2; j++)
+            for (int t = 0; t < T; t++)
+              for (int r = 0; r < R; r++) kept[p][j][t][r] = acc[j][t][r];
+          continue;
+        }
+        lookup_avx2(T, R, data, table, last_lookups(g, 3 * AVX2_LOOKUPS, 3), acc);
+        const __m256 factor = _mm256_set1_ps(g->factor[p]);
+        for (int r = 0; r < R; r++) {
+          const __m256 s = _mm256_mul_ps(
+              scales_avx2(scales_of(w, tile, scale_slot(g, p)) + first + 8 * r), factor);
+          for (int t = 0; t < T; t++)
+            total[t][r] =
+                _mm256_fmadd_ps(s, _mm256_add_ps(acc[0][t][r], acc[1][t][r]), total[t][r]);
+        }
       }
     }
     if (g->offset >= 0)
@@ -528,20 +744,29 @@ INLINE AVX2 __m256i int8_dot_avx2(const uint32_t *data, int stride, int words, c
 }
 
 static AVX2 void int8_tile_avx2(const Weight *w, const Activations *a, int64_t tile, float *y) {
+  Planes planes;
   for (int t = 0; t < a->tokens; t++)
     for (int first = 0; first < w->tile; first += 8, y += 8) {
       __m256 total = _mm256_setzero_ps();
       for (int i = 0; i < w->groups; i++) {
         const Group *g = w->group + i;
         const int at = t * w->groups + i;
-        const int8_t *q = a->q + ((int64_t)t * w->words + g->first_word) * WORD;
+        __m256i dot[MAX_PLANES];
+        for (int p = 0; p < g->planes; p++) dot[p] = _mm256_setzero_si256();
+        for (int begin = 0, end; begin < g->words; begin = end) {
+          const int8_t *q = a->q + ((int64_t)t * w->words + g->first_word + begin) * WORD;
+          end = take_words(expand_avx2, w, tile, g, first, 8, begin, &planes);
+          for (int p = 0; p < g->planes; p++)
+            dot[p] = _mm256_add_epi32(
+                dot[p], int8_dot_avx2(planes.data[p], planes.stride[p], end - begin, q));
+        }
         for (int p = 0; p < g->planes; p++) {
-          const __m256i dot =
-              int8_dot_avx2(plane_words(w, tile, g, p) + first, w->tile, g->words, q);
           const __m256i twice =
-              _mm256_sub_epi32(_mm256_slli_epi32(dot, 1), _mm256_set1_epi32(a->q_sum[at]));
-          const __m256 s = _mm256_mul_ps(scales_avx2(scales_of(w, tile, scale_slot(g, p)) + first),
-                                         _mm256_set1_ps(plane_factor(g, p) * a->q_scale[at]));
+              _mm256_sub_epi32(_mm256_slli_epi32(dot[p], 1), _mm256_set1_epi32(a->q_sum[at]));
+          const __m256 s = _mm256_mul_ps(
+              _mm256_mul_ps(scales_avx2(scales_of(w, tile, scale_slot(g, p)) + first),
+                            _mm256_set1_ps(g->factor[p])),
+              _mm256_set1_ps(a->q_scale[at]));
           total = _mm256_fmadd_ps(s, _mm256_cvtepi32_ps(twice), total);
         }
         if (g->offset >= 0)
@@ -625,27 +850,39 @@ INLINE AVX512 void lookup_avx512(const int T, const int R, const uint32_t *data,
   }
 }
 
+DEFINE_EXPAND(avx512, AVX512, 16)
+
 INLINE AVX512 void exact_rows_avx512(const int T, const int R, const Weight *w,
                                      const Activations *a, int64_t tile, int first, float *y) {
-  __m512 total[4][4];
+  Planes planes;
+  __m512 total[4][4], kept[MAX_PLANES][4][4]; /* of the words before */
   for (int t = 0; t < T; t++)
     for (int r = 0; r < R; r++) total[t][r] = _mm512_setzero_ps();
   for (int i = 0; i < w->groups; i++) {
     const Group *g = w->group + i;
-    for (int p = 0; p < g->planes; p++) {
-      const uint32_t *data = plane_words(w, tile, g, p) + first;
-      const float *table = a->table + (int64_t)g->first_word * LOOKUPS * T * 16;
-      __m512 acc[4][4];
-      for (int t = 0; t < T; t++)
-        for (int r = 0; r < R; r++) acc[t][r] = _mm512_setzero_ps();
-      for (int word = 1; word < g->words; word++, data += w->tile, table += LOOKUPS * T * 16)
-        lookup_avx512(T, R, data, table, LOOKUPS, acc);
-      lookup_avx512(T, R, data, table, last_lookups(g, WORD, 4), acc);
-      const __m512 factor = _mm512_set1_ps(plane_factor(g, p));
-      for (int r = 0; r < R; r++) {
-        const __m512 s = _mm512_mul_ps(
-            scales_avx512(scales_of(w, tile, scale_slot(g, p)) + first + 16 * r), factor);
-        for (int t = 0; t < T; t++) total[t][r] = _mm512_fmadd_ps(s, acc[t][r], total[t][r]);
+    for (int begin = 0, end; begin < g->words; begin = end) {
+      end = take_words(expand_avx512, w, tile, g, first, 16 * R, begin, &planes);
+      for (int p = 0; p < g->planes; p++) {
+        const uint32_t *data = planes.data[p];
+        const int stride = planes.stride[p], last = end == g->words;
+        const float *table = a->table + (int64_t)(g->first_word + begin) * LOOKUPS * T * 16;
+        __m512 acc[4][4];
+        for (int t = 0; t < T; t++)
+          for (int r = 0; r < R; r++) acc[t][r] = begin ? kept[p][t][r] : _mm512_setzero_ps();
+        for (int word = begin; word < end - last; word++, data += stride, table += LOOKUPS * T * 16)
+          lookup_avx512(T, R, data, table, LOOKUPS, acc);
+        if (!last) {
+          for (int t = 0; t < T; t++)
+            for (int r = 0; r < R; r++) kept[p][t][r] = acc[t][r];
+          continue;
+        }
+        lookup_avx512(T, R, data, table, last_lookups(g, WORD, 4), acc);
+        const __m512 factor = _mm512_set1_ps(g->factor[p]);
+        for (int r = 0; r < R; r++) {
+          const __m512 s = _mm512_mul_ps(
+              scales_avx512(scales_of(w, tile, scale_slot(g, p)) + first + 16 * r), factor);
+          for (int t = 0; t < T; t++) total[t][r] = _mm512_fmadd_ps(s, acc[t][r], total[t][r]);
+        }
       }
     }
     if (g->offset >= 0)
@@ -740,27 +977,42 @@ INLINE AVX512 __m512i four_columns(const int8_t *q) {
   INLINE TARGET void int8_rows_##SUFFIX(const int T, const int R, const Weight *w,                 \
                                         const Activations *a, int64_t tile, int first, float *y) { \
     const int64_t token_q = (int64_t)w->words * WORD;                                              \
+    Planes planes;                                                                                 \
     __m512 total[16];                                                                              \
     for (int i = 0; i < T * R; i++) total[i] = _mm512_setzero_ps();                                \
     for (int i = 0; i < w->groups; i++) {                                                          \
       const Group *g = w->group + i;                                                               \
-      const int8_t *q = a->q + (int64_t)g->first_word * WORD;                                      \
-      for (int p = 0; p < g->planes; p++) {                                                        \
-        const uint32_t *data = plane_words(w, tile, g, p) + first;                                 \
-        __m512i sum[16];                                                                           \
-        if (T == 1)                                                                                \
-          int8_one_##SUFFIX(R, data, w->tile, g->words, q, sum);                                   \
-        else                                                                                       \
-          int8_many_##SUFFIX(T, R, data, w->tile, g->words, q, token_q, sum);                      \
-        for (int t = 0; t < T; t++) {                                                              \
-          const int at = t * w->groups + i;                                                        \
-          const __m512 factor = _mm512_set1_ps(plane_factor(g, p) * a->q_scale[at]);               \
-          const __m512i q_sum = _mm512_set1_epi32(a->q_sum[at]);                                   \
-          for (int r = 0; r < R; r++) {                                                            \
-            const __m512 s = scales_avx512(scales_of(w, tile, scale_slot(g, p)) + first + 16 * r); \
-            const __m512i signs = _mm512_sub_epi32(_mm512_slli_epi32(sum[t * R + r], 1), q_sum);   \
-            total[t * R + r] = _mm512_fmadd_ps(_mm512_mul_ps(s, factor),                           \
-                                               _mm512_cvtepi32_ps(signs), total[t * R + r]);       \
+      __m512i kept[MAX_PLANES][16]; /* of the words before */                                      \
+      for (int begin = 0, end; begin < g->words; begin = end) {                                    \
+        const int8_t *q = a->q + (int64_t)(g->first_word + begin) * WORD;                          \
+        end = take_words(expand_avx512, w, tile, g, first, 16 * R, begin, &planes);                \
+        for (int p = 0; p < g->planes; p++) {                                                      \
+          const uint32_t *data = planes.data[p];                                                   \
+          const int stride = planes.stride[p];                                                     \
+          __m512i sum[16];                                                                         \
+          if (T == 1)                                                                              \
+            int8_one_##SUFFIX(R, data, stride, end - begin, q, sum);                               \
+          else                                                                                     \
+            int8_many_##SUFFIX(T, R, data, stride, end - begin, q, token_q, sum);                  \
+          if (begin)                                                                               \
+            for (int j = 0; j < T * R; j++) sum[j] = _mm512_add_epi32(sum[j], kept[p][j]);         \
+          if (end < g->words) {                                                                    \
+            for (int j = 0; j < T * R; j++) kept[p][j] = sum[j];                                   \
+            continue;                                                                              \
+          }                                                                                        \
+          const __m512 factor = _mm512_set1_ps(g->factor[p]);                                      \
+          for (int t = 0; t < T; t++) {                                                            \
+            const int at = t * w->groups + i;                                                      \
+            const __m512 q_scale = _mm512_set1_ps(a->q_scale[at]);                                 \
+            const __m512i q_sum = _mm512_set1_epi32(a->q_sum[at]);                                 \
+            for (int r = 0; r < R; r++) {                                                          \
+              const __m512 s = _mm512_mul_ps(                                                      \
+                  scales_avx512(scales_of(w, tile, scale_slot(g, p)) + first + 16 * r), factor);   \
+              const __m512i signs =                                                                \
+                  _mm512_sub_epi32(_mm512_slli_epi32(sum[t * R + r], 1), q_sum);                   \
+              total[t * R + r] = _mm512_fmadd_ps(_mm512_mul_ps(s, q_scale),                        \
+                                                 _mm512_cvtepi32_ps(signs), total[t * R + r]);     \
+            }                                                                                      \
           }                                                                                        \
         }                                                                                          \
       }                                                                                            \
@@ -815,7 +1067,7 @@ INLINE AVX512 __m256i code_values_16_bits(const Weight *w, const Group *g, int64
   const uint16_t *offset = g->offset < 0 ? NULL : scales_of(w, tile, g->offset) + lane;
   __m512 value = _mm512_set1_ps(offset ? half_to_float(*offset) : 0.0f);
   for (int p = 0; p < g->planes; p++) {
-    const float s = half_to_float(scales_of(w, tile, scale_slot(g, p))[lane]) * plane_factor(g, p);
+    const float s = half_to_float(scales_of(w, tile, scale_slot(g, p))[lane]) * g->factor[p];
     value = _mm512_add_ps(value, signed_lanes(s, p));
   }
   if (dtype == FLOAT16) return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
@@ -830,14 +1082,15 @@ static AVX512 void decode_row_16_bits(const Weight *w, int64_t row, int dtype, u
   const int64_t tile = row / w->tile, lane = row % w->tile;
   for (int i = 0; i < w->groups; i++) {
     const Group *g = w->group + i;
-    const uint32_t *data = plane_words(w, tile, g, 0) + lane;
-    const int64_t plane = (int64_t)g->words * w->tile;
+    Row stored;
+    find_row(w, g, tile, lane, &stored);
     const __m512i values = _mm512_castsi256_si512(code_values_16_bits(w, g, tile, lane, dtype));
-    for (int left = g->columns; left > 0; left -= WORD, data += w->tile) {
+    for (int word = 0, left = g->columns; left > 0; word++, left -= WORD) {
+      uint32_t bits[MAX_PLANES];
+      row_planes(w, g, &stored, word, bits);
       __m512i code = _mm512_setzero_si512();
       for (int p = 0; p < g->planes; p++)
-        code =
-            _mm512_mask_add_epi16(code, data[p * plane], code, _mm512_set1_epi16((short)(1 << p)));
+        code = _mm512_mask_add_epi16(code, bits[p], code, _mm512_set1_epi16((short)(1 << p)));
       const int count = left < WORD ? left : WORD;
       const __mmask32 kept = count < WORD ? (1u << count) - 1 : UINT32_MAX;
       _mm512_mask_storeu_epi16(out, kept, _mm512_permutexvar_epi16(code, values));
@@ -984,10 +1237,9 @@ INLINE void lookup_neon(const int digits, const uint32_t *data, int stride, int 
   }
 }
 
-/* dot [32 rows]: a plane of a group times x, in units of the group. */
+/* dot [32 rows]: to it is added a plane of a group times x, in units of the group. */
 INLINE void dot_neon(const int digits, const int bits, const uint32_t *data, int stride, int words,
                      const uint8_t *table, float32x4_t dot[8]) {
-  for (int i = 0; i < 8; i++) dot[i] = vdupq_n_f32(0);
   for (int begin = 0; begin < words; begin += BLOCK) {
     const int count = words - begin < BLOCK ? words - begin : BLOCK;
     uint16x8_t sum[4][2][2];
@@ -1011,21 +1263,27 @@ INLINE float32x4_t scales_neon(const uint16_t *scale) {
 
 INLINE void tile_neon(const int digits, const int bits, const Weight *w, const Activations *a,
                       int64_t tile, float *y) {
+  Planes planes;
   for (int t = 0; t < a->tokens; t++)
     for (int first = 0; first < w->tile; first += 32, y += 32) {
-      float32x4_t total[8], dot[8];
+      float32x4_t total[8], dot[MAX_PLANES][8];
       for (int i = 0; i < 8; i++) total[i] = vdupq_n_f32(0);
       for (int i = 0; i < w->groups; i++) {
         const Group *g = w->group + i;
-        const int64_t word = (int64_t)t * w->words + g->first_word;
-        const uint8_t *table = (const uint8_t *)a->table + word * LOOKUPS * digits * 16;
+        for (int r = 0; r < 8 * g->planes; r++) dot[r / 8][r % 8] = vdupq_n_f32(0);
+        for (int begin = 0, end; begin < g->words; begin = end) {
+          const int64_t word = (int64_t)t * w->words + g->first_word + begin;
+          const uint8_t *table = (const uint8_t *)a->table + word * LOOKUPS * digits * 16;
+          end = take_words(expand_portable, w, tile, g, first, 32, begin, &planes);
+          for (int p = 0; p < g->planes; p++)
+            dot_neon(digits, bits, planes.data[p], planes.stride[p], end - begin, table, dot[p]);
+        }
         for (int p = 0; p < g->planes; p++) {
-          dot_neon(digits, bits, plane_words(w, tile, g, p) + first, w->tile, g->words, table, dot);
           const uint16_t *scale = scales_of(w, tile, scale_slot(g, p)) + first;
           for (int r = 0; r < 8; r++)
             total[r] =
-                vfmaq_f32(total[r], vmulq_n_f32(scales_neon(scale + 4 * r), plane_factor(g, p)),
-                          vmulq_n_f32(dot[r], a->q_scale[t * w->groups + i]));
+                vfmaq_f32(total[r], vmulq_n_f32(scales_neon(scale + 4 * r), g->factor[p]),
+                          vmulq_n_f32(dot[p][r], a->q_scale[t * w->groups + i]));
         }
         if (g->offset >= 0)
           for (int r = 0; r < 8; r++)
@@ -1141,7 +1399,7 @@ EXPORT void pbq_repack(const Weight *w, const uint8_t *stored, uint32_t *out, in
     uint32_t *to = out + row / w->tile * w->stream * w->tile + row % w->tile;
     for (int i = 0; i < w->groups; i++) {
       const Group *g = w->group + i;
-      for (int p = 0; p < g->planes; p++)
+      for (int p = 0; p < g->stored; p++)
         for (int word = 0; word < g->words; word++, to += w->tile) {
           const int begin = word * w->word_columns;
           const int count =
@@ -1175,7 +1433,7 @@ EXPORT int pbq_unpack(const Weight *w, const int64_t *row, int64_t count, uint8_
     memset(to, 0, (size_t)w->row_bytes);
     for (int j = 0; j < w->groups; j++) {
       const Group *g = w->group + j;
-      for (int p = 0; p < g->planes; p++)
+      for (int p = 0; p < g->stored; p++)
         for (int word = 0; word < g->words; word++, from += w->tile)
           store_bits(to, w->row_bytes, g->bit + p * g->plane_bits + word * w->word_columns, *from);
     }
