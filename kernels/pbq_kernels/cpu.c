@@ -206,94 +206,123 @@ typedef void Expand(const Weight *w, int64_t tile, const Group *g, int first, in
 
 /* bits[p] is bit p of a level's place among 2**planes uneven ones, and becomes the sign of plane p:
  * `sums` of trellis.py as Boolean functions. A level's negative has the opposite signs. */
-INLINE void signs_of_place(const int planes, uint32_t *bits) {
-  if (planes < 3) return; /* they are the signs */
-  const uint32_t flip = ~bits[planes - 1], a = bits[0] ^ flip, b = bits[1] ^ flip;
-  if (planes == 3) {
-    bits[0] = (a | ~b) ^ flip;
-    bits[1] = (b | ~a) ^ flip;
-    bits[2] = (a | b) ^ flip;
-    return;
+#define DEFINE_SIGNS(NAME, TYPE, TARGET)                               \
+  INLINE TARGET void NAME(const int planes, TYPE *bits) {              \
+    if (planes < 3) return; /* they are the signs */                   \
+    const TYPE flip = ~bits[planes - 1];                               \
+    const TYPE a = bits[0] ^ flip, b = bits[1] ^ flip, bb = ~b;        \
+    if (planes == 3) {                                                 \
+      bits[0] = (a | bb) ^ flip;                                       \
+      bits[1] = (b | ~a) ^ flip;                                       \
+      bits[2] = (a | b) ^ flip;                                        \
+      return;                                                          \
+    }                                                                  \
+    const TYPE c = bits[2] ^ flip, ac = a ^ c;                         \
+    bits[0] = ((a & b) | (c & bb)) ^ flip;                             \
+    bits[1] = ((a ^ bb) | ac) ^ flip;                                  \
+    bits[2] = (b | ~ac) ^ flip;                                        \
+    bits[3] = (c | (a ^ b)) ^ flip;                                    \
   }
-  const uint32_t c = bits[2] ^ flip;
-  bits[0] = ((a & b) | (c & ~b)) ^ flip;
-  bits[1] = (~(a ^ b) | (a ^ c)) ^ flip;
-  bits[2] = (b | ~(a ^ c)) ^ flip;
-  bits[3] = (c | (a ^ b)) ^ flip;
-}
 
-/* Rows of the two planes that a path makes, in every word. u: the first of these rows of the path,
- * which is readable above them. */
-INLINE void filter(const int lanes, const int taps, const uint32_t *restrict u, int stride,
-                   const int *tap, int delay, int words, uint32_t *restrict low,
-                   uint32_t *restrict high, int rows) {
-  for (int word = 0; word < words; word++, u += stride, low += rows, high += rows) {
+DEFINE_SIGNS(signs_of_place, uint32_t, )
+
+/* A path and what is made of it, of some rows, for a loop over words. */
+typedef struct {
+  const uint32_t *path; /* readable up to 12 rows above */
+  int stride;
+  const uint32_t *others; /* stored plane 1 of these rows ... */
+  int64_t plane;          /* ... and how far it is to the next */
+  int others_stride;
+  int words;
+  uint32_t *made; /* of plane 0; the others are CHUNK * MAX_TILE behind */
+  int made_stride;
+  int delay, taps, tap[EDGE]; /* rows that planes 0 and 1 have of the path, but for the row itself */
+} Filter;
+
+/* planes: to be made, the first two of a trellis, or the 3 or 4 of an uneven one. */
+INLINE void filter(const int lanes, const int taps, const int planes, const Filter *f) {
+  const uint32_t *restrict u = f->path, *restrict others = f->others;
+  uint32_t *restrict made = f->made;
+  for (int word = 0; word < f->words; word++) {
 #pragma GCC unroll 1 /* what is unrolled early becomes no vector instructions */
-    for (int r = 0; r < lanes; r++) low[r] = u[r - delay];
-#pragma GCC unroll 1
     for (int r = 0; r < lanes; r++) {
-      uint32_t sum = u[r];
+      uint32_t bits[4] = {u[r - f->delay], u[r]};
 #pragma GCC unroll 8
-      for (int i = 0; i < taps; i++) sum ^= u[r - tap[i]];
-      high[r] = sum;
+      for (int i = 0; i < taps; i++) bits[1] ^= u[r - f->tap[i]];
+#pragma GCC unroll 2
+      for (int p = 2; p < planes; p++) bits[p] = others[(p - 2) * f->plane + r];
+      signs_of_place(planes, bits);
+#pragma GCC unroll 4
+      for (int p = 0; p < planes; p++) made[p * CHUNK * MAX_TILE + r] = bits[p];
     }
+    u += f->stride, others += f->others_stride, made += f->made_stride;
   }
 }
 
-INLINE void place_to_signs(const int lanes, const int planes, int words, int rows,
-                           const uint32_t *stored, int64_t plane, int stride, Planes *to) {
-  for (int word = 0; word < words; word++, stored += stride)
-    for (int first = 0; first < rows; first += lanes) {
-      uint32_t *restrict made = to->made[0] + word * rows + first;
-#pragma GCC unroll 1
-      for (int r = 0; r < lanes; r++) {
-        uint32_t bits[4] = {made[r], made[CHUNK * MAX_TILE + r], stored[first + r],
-                            planes > 3 ? stored[plane + first + r] : 0};
-        signs_of_place(planes, bits);
-        for (int p = 0; p < planes; p++) made[p * CHUNK * MAX_TILE + r] = bits[p];
-      }
-    }
+/* CALL with constants: as many taps as the polynomials of trellis.py have. */
+#define BY_TAPS(planes, CALL)              \
+  switch (f.taps) {                        \
+    case 1: CALL(1, planes); break;        \
+    case 2: CALL(2, planes); break;        \
+    case 4: CALL(4, planes); break;        \
+    case 5: CALL(5, planes); break;        \
+    case 6: CALL(6, planes); break;        \
+    default: CALL(f.taps, planes);         \
+  }
+#define BY_KIND(g, CALL)                                     \
+  do {                                                       \
+    if (!(g)->uneven || (g)->planes < 3) BY_TAPS(2, CALL)    \
+    else if ((g)->planes == 3) BY_TAPS(3, CALL)              \
+    else BY_TAPS(4, CALL)                                    \
+  } while (0)
+
+INLINE Filter filter_of(const Weight *w, int64_t tile, const Group *g, int first, int rows,
+                        int begin, int end, Planes *to) {
+  Filter f = {.stride = w->tile, .plane = (int64_t)g->words * w->tile, .others_stride = w->tile};
+  f.words = end - begin;
+  f.path = plane_words(w, tile, g, 0) + (int64_t)begin * w->tile + first;
+  f.others = f.path + f.plane;
+  f.made = to->made[0];
+  f.made_stride = rows;
+  f.delay = g->delay;
+  for (int i = 1; i < EDGE; i++)
+    if (g->path >> i & 1) f.tap[f.taps++] = i;
+  for (int p = 0; p < g->planes; p++) {
+    const int made = p < 2 || g->uneven;
+    to->data[p] = made ? to->made[p] : f.others + (p - 2) * f.plane;
+    to->stride[p] = made ? rows : w->tile;
+  }
+  return f;
+}
+
+/* The last rows of the tile above and the first of this one side by side, word after word. */
+INLINE void copy_edge(const Weight *w, int64_t tile, const Filter *f, uint32_t *edge) {
+  const uint32_t *here = f->path;
+  for (int word = 0; word < f->words; word++, edge += 2 * EDGE, here += w->tile) {
+    if (tile)
+      memcpy(edge, here - (int64_t)w->stream * w->tile + w->tile - EDGE, EDGE * 4);
+    else
+      memset(edge, 0, EDGE * 4);
+    memcpy(edge + EDGE, here, EDGE * 4);
+  }
 }
 
 /* In registers of so many rows, up to EDGE. */
 INLINE void expand(const int lanes, const Weight *w, int64_t tile, const Group *g, int first,
                    int rows, int begin, int end, Planes *to) {
-  const int words = end - begin;
-  const int64_t plane = (int64_t)g->words * w->tile;
-  const uint32_t *path = plane_words(w, tile, g, 0) + (int64_t)begin * w->tile;
-  if (first < EDGE)
-    for (int word = 0; word < words; word++) {
-      uint32_t *edge = to->edge + word * 2 * EDGE;
-      const uint32_t *here = path + word * w->tile;
-      if (tile)
-        memcpy(edge, here - (int64_t)w->stream * w->tile + w->tile - EDGE, EDGE * 4);
-      else
-        memset(edge, 0, EDGE * 4);
-      memcpy(edge + EDGE, here, EDGE * 4);
-    }
-  int tap[EDGE], taps = 0;
-  for (int i = 1; i < EDGE; i++)
-    if (g->path >> i & 1) tap[taps++] = i;
-  for (int r = first; r < first + rows; r += lanes) {
-    const uint32_t *u = r < EDGE ? to->edge + EDGE + r : path + r;
-    const int stride = r < EDGE ? 2 * EDGE : w->tile;
-    uint32_t *low = to->made[0] + r - first, *high = to->made[1] + r - first;
-    switch (taps) { /* as many as the polynomials of trellis.py have */
-      case 1: filter(lanes, 1, u, stride, tap, g->delay, words, low, high, rows); break;
-      case 2: filter(lanes, 2, u, stride, tap, g->delay, words, low, high, rows); break;
-      case 4: filter(lanes, 4, u, stride, tap, g->delay, words, low, high, rows); break;
-      case 5: filter(lanes, 5, u, stride, tap, g->delay, words, low, high, rows); break;
-      case 6: filter(lanes, 6, u, stride, tap, g->delay, words, low, high, rows); break;
-      default: filter(lanes, taps, u, stride, tap, g->delay, words, low, high, rows);
-    }
+  const Filter whole = filter_of(w, tile, g, first, rows, begin, end, to);
+  if (first < EDGE) {
+    Filter top = whole;
+    top.path -= first;
+    copy_edge(w, tile, &top, to->edge);
   }
-  const uint32_t *others = path + plane + first; /* the stored planes behind the path */
-  if (g->uneven && g->planes == 3) place_to_signs(lanes, 3, words, rows, others, plane, w->tile, to);
-  if (g->uneven && g->planes == 4) place_to_signs(lanes, 4, words, rows, others, plane, w->tile, to);
-  for (int p = 0; p < g->planes; p++) {
-    const int made = p < 2 || g->uneven;
-    to->data[p] = made ? to->made[p] : others + (p - 2) * plane;
-    to->stride[p] = made ? rows : w->tile;
+  for (int r = 0; r < rows; r += lanes) {
+    Filter f = whole;
+    f.path += r, f.others += r, f.made += r;
+    if (first + r < EDGE) f.path = to->edge + EDGE + first + r, f.stride = 2 * EDGE;
+#define CALL(taps, planes) filter(lanes, taps, planes, &f)
+    BY_KIND(g, CALL);
+#undef CALL
   }
 }
 
@@ -850,7 +879,68 @@ INLINE AVX512 void lookup_avx512(const int T, const int R, const uint32_t *data,
   }
 }
 
-DEFINE_EXPAND(avx512, AVX512, 16)
+DEFINE_SIGNS(signs_of_place_avx512, __m512i, AVX512)
+
+/* `filter` for R registers of rows, the last before them at `above`, or NULL. Half of the registers
+ * are shifted by permutes and half by loads that cross cache lines, which have ports of their own.
+ */
+INLINE AVX512 void filter_avx512(const int R, const int taps, const int planes, const Filter *f,
+                                 const uint32_t *above) {
+  const __m512i lane = _mm512_setr_epi32(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30,
+                                         31);
+  const __m512i late = _mm512_sub_epi32(lane, _mm512_set1_epi32(f->delay));
+  __m512i from[EDGE];
+  for (int i = 0; i < taps; i++) from[i] = _mm512_sub_epi32(lane, _mm512_set1_epi32(f->tap[i]));
+  const uint32_t *path = f->path, *others = f->others;
+  uint32_t *made = f->made;
+  for (int word = 0; word < f->words; word++) {
+    __m512i before = above ? _mm512_loadu_si512(above) : _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      const uint32_t *u = path + 16 * r;
+      const __m512i here = _mm512_loadu_si512(u);
+      __m512i bits[4] = {0}, shifted[EDGE];
+      if (r % 2) {
+        bits[0] = _mm512_loadu_si512(u - f->delay);
+#pragma GCC unroll 8
+        for (int i = 0; i < taps; i++) shifted[i] = _mm512_loadu_si512(u - f->tap[i]);
+      } else {
+        bits[0] = _mm512_permutex2var_epi32(before, late, here);
+#pragma GCC unroll 8
+        for (int i = 0; i < taps; i++)
+          shifted[i] = _mm512_permutex2var_epi32(before, from[i], here);
+      }
+      bits[1] = taps % 2 ? _mm512_xor_si512(here, shifted[taps - 1]) : here;
+#pragma GCC unroll 4
+      for (int i = 0; i + 1 < taps; i += 2)
+        bits[1] = _mm512_ternarylogic_epi32(bits[1], shifted[i], shifted[i + 1], 0x96);
+      for (int p = 2; p < planes; p++)
+        bits[p] = _mm512_loadu_si512(others + (p - 2) * f->plane + 16 * r);
+      signs_of_place_avx512(planes, bits);
+      for (int p = 0; p < planes; p++)
+        _mm512_storeu_si512(made + p * CHUNK * MAX_TILE + 16 * r, bits[p]);
+      before = here;
+    }
+    path += f->stride, others += f->others_stride, made += f->made_stride;
+    if (above) above += f->stride;
+  }
+}
+
+static __attribute__((noinline)) AVX512 void expand_avx512(const Weight *w, int64_t tile,
+                                                           const Group *g, int first, int rows,
+                                                           int begin, int end, Planes *to) {
+  const Filter f = filter_of(w, tile, g, first, rows, begin, end, to);
+  const uint32_t *above = f.path - EDGE;
+  if (!first) above = tile ? f.path - (int64_t)w->stream * w->tile + w->tile - EDGE : NULL;
+#define CALL_2(taps, planes) filter_avx512(2, taps, planes, &f, above)
+#define CALL_4(taps, planes) filter_avx512(4, taps, planes, &f, above)
+  if (rows == 32)
+    BY_KIND(g, CALL_2);
+  else
+    BY_KIND(g, CALL_4);
+#undef CALL_2
+#undef CALL_4
+}
 
 INLINE AVX512 void exact_rows_avx512(const int T, const int R, const Weight *w,
                                      const Activations *a, int64_t tile, int first, float *y) {
