@@ -228,18 +228,39 @@ DEFINE_SIGNS(signs_of_place, uint32_t, )
 
 /* A path and what is made of it, of some rows, for a loop over words. */
 typedef struct {
-  const uint32_t *path; /* readable up to 12 rows above */
-  int stride;
+  const uint32_t *path;   /* readable up to 12 rows above */
   const uint32_t *others; /* stored plane 1 of these rows ... */
   int64_t plane;          /* ... and how far it is to the next */
-  int others_stride;
-  int words;
-  uint32_t *made; /* of plane 0; the others are CHUNK * MAX_TILE behind */
-  int made_stride;
-  int delay, taps, tap[EDGE]; /* rows that planes 0 and 1 have of the path, but for the row itself */
+  uint32_t *made;         /* of plane 0; the others are CHUNK * MAX_TILE behind */
+  int words, stride, path_stride, made_stride;
+  int delay, taps, tap[EDGE]; /* rows ago that planes 0 and 1 have of the path; 1 now as well */
 } Filter;
 
-/* planes: to be made, the first two of a trellis, or the 3 or 4 of an uneven one. */
+/* The lowest two planes are made, and of 3 or 4 uneven ones all. */
+INLINE int planes_made(const Group *g) { return g->uneven ? g->planes : 2; }
+
+INLINE Filter filter_of(const Weight *w, int64_t tile, const Group *g, int first, int rows,
+                        int begin, int end, Planes *to) {
+  Filter f;
+  f.words = end - begin;
+  f.stride = f.path_stride = w->tile;
+  f.made_stride = rows;
+  f.taps = 0;
+  f.plane = (int64_t)g->words * w->tile;
+  f.path = plane_words(w, tile, g, 0) + (int64_t)begin * w->tile + first;
+  f.others = f.path + f.plane;
+  f.made = to->made[0];
+  f.delay = g->delay;
+  for (int left = g->path & ~1; left; left &= left - 1)
+    f.tap[f.taps++] = __builtin_ctz((unsigned)left);
+  const int made = planes_made(g);
+  for (int p = 0; p < g->planes; p++) {
+    to->data[p] = p < made ? to->made[p] : f.others + (p - 2) * f.plane;
+    to->stride[p] = p < made ? rows : w->tile;
+  }
+  return f;
+}
+
 INLINE void filter(const int lanes, const int taps, const int planes, const Filter *f) {
   const uint32_t *restrict u = f->path, *restrict others = f->others;
   uint32_t *restrict made = f->made;
@@ -255,49 +276,24 @@ INLINE void filter(const int lanes, const int taps, const int planes, const Filt
 #pragma GCC unroll 4
       for (int p = 0; p < planes; p++) made[p * CHUNK * MAX_TILE + r] = bits[p];
     }
-    u += f->stride, others += f->others_stride, made += f->made_stride;
+    u += f->path_stride, others += f->stride, made += f->made_stride;
   }
 }
 
-/* CALL with constants: as many taps as the polynomials of trellis.py have. */
-#define BY_TAPS(planes, CALL)              \
-  switch (f.taps) {                        \
-    case 1: CALL(1, planes); break;        \
-    case 2: CALL(2, planes); break;        \
-    case 4: CALL(4, planes); break;        \
-    case 5: CALL(5, planes); break;        \
-    case 6: CALL(6, planes); break;        \
-    default: CALL(f.taps, planes);         \
+INLINE void filter_planes(const int lanes, const int planes, const Filter *f) {
+  switch (f->taps) { /* as many as the polynomials of trellis.py have */
+    case 1: filter(lanes, 1, planes, f); break;
+    case 2: filter(lanes, 2, planes, f); break;
+    case 4: filter(lanes, 4, planes, f); break;
+    case 5: filter(lanes, 5, planes, f); break;
+    case 6: filter(lanes, 6, planes, f); break;
+    default: filter(lanes, f->taps, planes, f);
   }
-#define BY_KIND(g, CALL)                                     \
-  do {                                                       \
-    if (!(g)->uneven || (g)->planes < 3) BY_TAPS(2, CALL)    \
-    else if ((g)->planes == 3) BY_TAPS(3, CALL)              \
-    else BY_TAPS(4, CALL)                                    \
-  } while (0)
-
-INLINE Filter filter_of(const Weight *w, int64_t tile, const Group *g, int first, int rows,
-                        int begin, int end, Planes *to) {
-  Filter f = {.stride = w->tile, .plane = (int64_t)g->words * w->tile, .others_stride = w->tile};
-  f.words = end - begin;
-  f.path = plane_words(w, tile, g, 0) + (int64_t)begin * w->tile + first;
-  f.others = f.path + f.plane;
-  f.made = to->made[0];
-  f.made_stride = rows;
-  f.delay = g->delay;
-  for (int i = 1; i < EDGE; i++)
-    if (g->path >> i & 1) f.tap[f.taps++] = i;
-  for (int p = 0; p < g->planes; p++) {
-    const int made = p < 2 || g->uneven;
-    to->data[p] = made ? to->made[p] : f.others + (p - 2) * f.plane;
-    to->stride[p] = made ? rows : w->tile;
-  }
-  return f;
 }
 
 /* The last rows of the tile above and the first of this one side by side, word after word. */
-INLINE void copy_edge(const Weight *w, int64_t tile, const Filter *f, uint32_t *edge) {
-  const uint32_t *here = f->path;
+INLINE void copy_edge(const Weight *w, int64_t tile, const Filter *f, int first, uint32_t *edge) {
+  const uint32_t *here = f->path - first;
   for (int word = 0; word < f->words; word++, edge += 2 * EDGE, here += w->tile) {
     if (tile)
       memcpy(edge, here - (int64_t)w->stream * w->tile + w->tile - EDGE, EDGE * 4);
@@ -311,18 +307,18 @@ INLINE void copy_edge(const Weight *w, int64_t tile, const Filter *f, uint32_t *
 INLINE void expand(const int lanes, const Weight *w, int64_t tile, const Group *g, int first,
                    int rows, int begin, int end, Planes *to) {
   const Filter whole = filter_of(w, tile, g, first, rows, begin, end, to);
-  if (first < EDGE) {
-    Filter top = whole;
-    top.path -= first;
-    copy_edge(w, tile, &top, to->edge);
-  }
+  const int planes = planes_made(g);
+  if (first < EDGE) copy_edge(w, tile, &whole, first, to->edge);
   for (int r = 0; r < rows; r += lanes) {
     Filter f = whole;
     f.path += r, f.others += r, f.made += r;
-    if (first + r < EDGE) f.path = to->edge + EDGE + first + r, f.stride = 2 * EDGE;
-#define CALL(taps, planes) filter(lanes, taps, planes, &f)
-    BY_KIND(g, CALL);
-#undef CALL
+    if (first + r < EDGE) f.path = to->edge + EDGE + first + r, f.path_stride = 2 * EDGE;
+    if (planes == 2)
+      filter_planes(lanes, 2, &f);
+    else if (planes == 3)
+      filter_planes(lanes, 3, &f);
+    else
+      filter_planes(lanes, 4, &f);
   }
 }
 
@@ -881,48 +877,98 @@ INLINE AVX512 void lookup_avx512(const int T, const int R, const uint32_t *data,
 
 DEFINE_SIGNS(signs_of_place_avx512, __m512i, AVX512)
 
-/* `filter` for R registers of rows, the last before them at `above`, or NULL. Half of the registers
- * are shifted by permutes and half by loads that cross cache lines, which have ports of their own.
- */
-INLINE AVX512 void filter_avx512(const int R, const int taps, const int planes, const Filter *f,
+typedef struct {
+  int pair_0, pairs, singles;
+  int pair[EDGE], single[EDGE];
+} Taps;
+
+/* The taps of a path as pairs of neighbours, if plane 0 is the path a row ago, and the others. */
+INLINE Taps taps_of(const Group *g) {
+  Taps found;
+  found.pair_0 = g->delay == 1 && (g->path & 3) == 3;
+  found.pairs = found.singles = 0;
+  for (int left = g->path & (found.pair_0 ? ~3 : ~1); left;) {
+    const int i = __builtin_ctz((unsigned)left);
+    const int pair = g->delay == 1 && left >> (i + 1) & 1;
+    if (pair)
+      found.pair[found.pairs++] = i;
+    else
+      found.single[found.singles++] = i;
+    left &= ~((pair ? 3 : 1) << i);
+  }
+  return found;
+}
+
+/* `filter` for R registers of rows, the last before them at `above`, or NULL. Neighbouring taps are
+ * one of the path XOR the path a row ago, `two`, which costs nothing where that is plane 0. Every
+ * second register is shifted by permutes, the others by loads that cross cache lines, because those
+ * have ports of their own. */
+INLINE AVX512 void filter_avx512(const int R, const int pairs, const int singles, const int pair_0,
+                                 const int planes, const Filter *f, const Taps *taps,
                                  const uint32_t *above) {
-  const __m512i lane = _mm512_setr_epi32(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30,
-                                         31);
+  const __m512i lane =
+      _mm512_setr_epi32(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
   const __m512i late = _mm512_sub_epi32(lane, _mm512_set1_epi32(f->delay));
-  __m512i from[EDGE];
-  for (int i = 0; i < taps; i++) from[i] = _mm512_sub_epi32(lane, _mm512_set1_epi32(f->tap[i]));
+  __m512i pair[EDGE], single[EDGE];
+  for (int i = 0; i < pairs; i++) pair[i] = _mm512_sub_epi32(lane, _mm512_set1_epi32(taps->pair[i]));
+  for (int i = 0; i < singles; i++)
+    single[i] = _mm512_sub_epi32(lane, _mm512_set1_epi32(taps->single[i]));
   const uint32_t *path = f->path, *others = f->others;
   uint32_t *made = f->made;
   for (int word = 0; word < f->words; word++) {
     __m512i before = above ? _mm512_loadu_si512(above) : _mm512_setzero_si512();
+    /* its first lane is wrong, and too far above */
+    __m512i two_before = _mm512_xor_si512(before, _mm512_permutex2var_epi32(before, late, before));
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
       const uint32_t *u = path + 16 * r;
       const __m512i here = _mm512_loadu_si512(u);
-      __m512i bits[4] = {0}, shifted[EDGE];
-      if (r % 2) {
-        bits[0] = _mm512_loadu_si512(u - f->delay);
-#pragma GCC unroll 8
-        for (int i = 0; i < taps; i++) shifted[i] = _mm512_loadu_si512(u - f->tap[i]);
-      } else {
-        bits[0] = _mm512_permutex2var_epi32(before, late, here);
-#pragma GCC unroll 8
-        for (int i = 0; i < taps; i++)
-          shifted[i] = _mm512_permutex2var_epi32(before, from[i], here);
-      }
-      bits[1] = taps % 2 ? _mm512_xor_si512(here, shifted[taps - 1]) : here;
+      __builtin_prefetch(u + CHUNK * f->stride);
+      __m512i bits[4], part[EDGE + 1];
+      bits[0] = r % 2 ? _mm512_loadu_si512(u - f->delay)
+                      : _mm512_permutex2var_epi32(before, late, here);
+      const __m512i two = _mm512_xor_si512(here, bits[0]);
+      part[0] = pair_0 ? two : here;
 #pragma GCC unroll 4
-      for (int i = 0; i + 1 < taps; i += 2)
-        bits[1] = _mm512_ternarylogic_epi32(bits[1], shifted[i], shifted[i + 1], 0x96);
-      for (int p = 2; p < planes; p++)
-        bits[p] = _mm512_loadu_si512(others + (p - 2) * f->plane + 16 * r);
+      for (int i = 0; i < pairs; i++)
+        part[1 + i] = _mm512_permutex2var_epi32(two_before, pair[i], two);
+#pragma GCC unroll 8
+      for (int i = 0; i < singles; i++)
+        part[1 + pairs + i] = r % 2 ? _mm512_loadu_si512(u - taps->single[i])
+                                    : _mm512_permutex2var_epi32(before, single[i], here);
+      bits[1] = part[0];
+#pragma GCC unroll 8
+      for (int i = 1; i < pairs + singles; i += 2)
+        bits[1] = _mm512_ternarylogic_epi32(bits[1], part[i], part[i + 1], 0x96); /* XOR */
+      if ((pairs + singles) % 2) bits[1] = _mm512_xor_si512(bits[1], part[pairs + singles]);
+#pragma GCC unroll 2
+      for (int p = 2; p < planes; p++) {
+        const uint32_t *stored = others + (p - 2) * f->plane + 16 * r;
+        bits[p] = _mm512_loadu_si512(stored);
+        __builtin_prefetch(stored + CHUNK * f->stride);
+      }
       signs_of_place_avx512(planes, bits);
+#pragma GCC unroll 4
       for (int p = 0; p < planes; p++)
         _mm512_storeu_si512(made + p * CHUNK * MAX_TILE + 16 * r, bits[p]);
-      before = here;
+      before = here, two_before = two;
     }
-    path += f->stride, others += f->others_stride, made += f->made_stride;
+    path += f->stride, others += f->stride, made += f->made_stride;
     if (above) above += f->stride;
+  }
+}
+
+INLINE AVX512 void filter_planes_avx512(const int R, const int planes, const Group *g,
+                                        const Filter *f, const uint32_t *above) {
+  const Taps taps = taps_of(g);
+  switch (taps.pair_0 << 8 | taps.pairs << 4 | taps.singles) { /* those of trellis.py */
+    case 0x001: filter_avx512(R, 0, 1, 0, planes, f, &taps, above); break;
+    case 0x002: filter_avx512(R, 0, 2, 0, planes, f, &taps, above); break;
+    case 0x020: filter_avx512(R, 2, 0, 0, planes, f, &taps, above); break;
+    case 0x111: filter_avx512(R, 1, 1, 1, planes, f, &taps, above); break;
+    case 0x112: filter_avx512(R, 1, 2, 1, planes, f, &taps, above); break;
+    case 0x113: filter_avx512(R, 1, 3, 1, planes, f, &taps, above); break;
+    default: filter_avx512(R, taps.pairs, taps.singles, taps.pair_0, planes, f, &taps, above);
   }
 }
 
@@ -932,14 +978,19 @@ static __attribute__((noinline)) AVX512 void expand_avx512(const Weight *w, int6
   const Filter f = filter_of(w, tile, g, first, rows, begin, end, to);
   const uint32_t *above = f.path - EDGE;
   if (!first) above = tile ? f.path - (int64_t)w->stream * w->tile + w->tile - EDGE : NULL;
-#define CALL_2(taps, planes) filter_avx512(2, taps, planes, &f, above)
-#define CALL_4(taps, planes) filter_avx512(4, taps, planes, &f, above)
-  if (rows == 32)
-    BY_KIND(g, CALL_2);
+  const int planes = planes_made(g);
+  if (rows == 64 && planes == 2)
+    filter_planes_avx512(4, 2, g, &f, above);
+  else if (rows == 64 && planes == 3)
+    filter_planes_avx512(4, 3, g, &f, above);
+  else if (rows == 64)
+    filter_planes_avx512(4, 4, g, &f, above);
+  else if (planes == 2)
+    filter_planes_avx512(2, 2, g, &f, above);
+  else if (planes == 3)
+    filter_planes_avx512(2, 3, g, &f, above);
   else
-    BY_KIND(g, CALL_4);
-#undef CALL_2
-#undef CALL_4
+    filter_planes_avx512(2, 4, g, &f, above);
 }
 
 INLINE AVX512 void exact_rows_avx512(const int T, const int R, const Weight *w,
