@@ -264,14 +264,22 @@ INLINE Filter filter_of(const Weight *w, int64_t tile, const Group *g, int first
 INLINE void filter(const int lanes, const int taps, const int planes, const Filter *f) {
   const uint32_t *restrict u = f->path, *restrict others = f->others;
   uint32_t *restrict made = f->made;
+  const int64_t delay = f->delay, plane = f->plane;
+  int64_t tap[EDGE]; /* in registers */
+#pragma GCC unroll 8
+  for (int i = 0; i < taps; i++) tap[i] = f->tap[i];
   for (int word = 0; word < f->words; word++) {
+    __builtin_prefetch(others - plane + CHUNK * f->stride); /* the path, whatever u is */
+    if (planes > 2) __builtin_prefetch(others + CHUNK * f->stride);
+    if (planes > 3) __builtin_prefetch(others + plane + CHUNK * f->stride);
+#pragma GCC ivdep
 #pragma GCC unroll 1 /* what is unrolled early becomes no vector instructions */
     for (int r = 0; r < lanes; r++) {
-      uint32_t bits[4] = {u[r - f->delay], u[r]};
+      uint32_t bits[4] = {u[r - delay], u[r]};
 #pragma GCC unroll 8
-      for (int i = 0; i < taps; i++) bits[1] ^= u[r - f->tap[i]];
+      for (int i = 0; i < taps; i++) bits[1] ^= u[r - tap[i]];
 #pragma GCC unroll 2
-      for (int p = 2; p < planes; p++) bits[p] = others[(p - 2) * f->plane + r];
+      for (int p = 2; p < planes; p++) bits[p] = others[(p - 2) * plane + r];
       signs_of_place(planes, bits);
 #pragma GCC unroll 4
       for (int p = 0; p < planes; p++) made[p * CHUNK * MAX_TILE + r] = bits[p];
@@ -770,36 +778,48 @@ INLINE AVX2 __m256i int8_dot_avx2(const uint32_t *data, int stride, int words, c
 
 static AVX2 void int8_tile_avx2(const Weight *w, const Activations *a, int64_t tile, float *y) {
   Planes planes;
-  for (int t = 0; t < a->tokens; t++)
-    for (int first = 0; first < w->tile; first += 8, y += 8) {
-      __m256 total = _mm256_setzero_ps();
-      for (int i = 0; i < w->groups; i++) {
-        const Group *g = w->group + i;
-        const int at = t * w->groups + i;
-        __m256i dot[MAX_PLANES];
-        for (int p = 0; p < g->planes; p++) dot[p] = _mm256_setzero_si256();
-        for (int begin = 0, end; begin < g->words; begin = end) {
+  for (int first = 0; first < w->tile; first += 32) {
+    __m256 total[TOKENS][4];
+    for (int j = 0; j < 4 * a->tokens; j++) total[j / 4][j % 4] = _mm256_setzero_ps();
+    for (int i = 0; i < w->groups; i++) {
+      const Group *g = w->group + i;
+      __m256i dot[TOKENS][MAX_PLANES][4];
+      for (int begin = 0, end; begin < g->words; begin = end) {
+        end = take_words(expand_avx2, w, tile, g, first, 32, begin, &planes);
+        for (int t = 0; t < a->tokens; t++) {
           const int8_t *q = a->q + ((int64_t)t * w->words + g->first_word + begin) * WORD;
-          end = take_words(expand_avx2, w, tile, g, first, 8, begin, &planes);
           for (int p = 0; p < g->planes; p++)
-            dot[p] = _mm256_add_epi32(
-                dot[p], int8_dot_avx2(planes.data[p], planes.stride[p], end - begin, q));
+            for (int r = 0; r < 4; r++) {
+              const __m256i part = int8_dot_avx2(planes.data[p] + 8 * r, planes.stride[p],
+                                                 end - begin, q);
+              dot[t][p][r] = begin ? _mm256_add_epi32(dot[t][p][r], part) : part;
+            }
         }
+      }
+      for (int t = 0; t < a->tokens; t++) {
+        const int at = t * w->groups + i;
+        const __m256 q_scale = _mm256_set1_ps(a->q_scale[at]);
+        const __m256i q_sum = _mm256_set1_epi32(a->q_sum[at]);
         for (int p = 0; p < g->planes; p++) {
-          const __m256i twice =
-              _mm256_sub_epi32(_mm256_slli_epi32(dot[p], 1), _mm256_set1_epi32(a->q_sum[at]));
-          const __m256 s = _mm256_mul_ps(
-              _mm256_mul_ps(scales_avx2(scales_of(w, tile, scale_slot(g, p)) + first),
-                            _mm256_set1_ps(g->factor[p])),
-              _mm256_set1_ps(a->q_scale[at]));
-          total = _mm256_fmadd_ps(s, _mm256_cvtepi32_ps(twice), total);
+          const uint16_t *scale = scales_of(w, tile, scale_slot(g, p)) + first;
+          const __m256 factor = _mm256_set1_ps(g->factor[p]);
+          for (int r = 0; r < 4; r++) {
+            const __m256i twice = _mm256_sub_epi32(_mm256_slli_epi32(dot[t][p][r], 1), q_sum);
+            const __m256 s = _mm256_mul_ps(_mm256_mul_ps(scales_avx2(scale + 8 * r), factor), q_scale);
+            total[t][r] = _mm256_fmadd_ps(s, _mm256_cvtepi32_ps(twice), total[t][r]);
+          }
         }
         if (g->offset >= 0)
-          total = _mm256_fmadd_ps(scales_avx2(scales_of(w, tile, g->offset) + first),
-                                  _mm256_set1_ps(a->sum[at]), total);
+          for (int r = 0; r < 4; r++)
+            total[t][r] =
+                _mm256_fmadd_ps(scales_avx2(scales_of(w, tile, g->offset) + first + 8 * r),
+                                _mm256_set1_ps(a->sum[at]), total[t][r]);
       }
-      _mm256_storeu_ps(y, total);
     }
+    for (int t = 0; t < a->tokens; t++)
+      for (int r = 0; r < 4; r++)
+        _mm256_storeu_ps(y + t * w->tile + first + 8 * r, total[t][r]);
+  }
 }
 
 /* A gather: one or two planes would fit a permute, but this only feeds matrix products. */
