@@ -85,6 +85,7 @@ typedef struct {
 typedef struct {
   int64_t n, k, row_bytes;
   int32_t tile, groups, words, stream, slots, word_columns, variant;
+  int32_t trellises; /* whether there are any */
   const Group *group;
   const uint32_t *data;      /* [tiles, stream, tile] */
   const uint16_t *scale;     /* float16 [tiles, slots, tile] */
@@ -646,7 +647,7 @@ DEFINE_EXPAND(avx2, AVX2, 8)
 
 /* T tokens times R registers of rows, from row `first` of the tile. Two accumulators each: the
  * additions of one would wait for each other. */
-INLINE AVX2 void exact_rows_avx2(const int T, const int R, const Weight *w, const Activations *a,
+INLINE AVX2 void exact_rows_avx2(const int trellises, const int T, const int R, const Weight *w, const Activations *a,
                                  int64_t tile, int first, float *y) {
   Planes planes;
   __m256 total[4][4], kept[MAX_PLANES][2][4][4]; /* of the words before */
@@ -655,10 +656,11 @@ INLINE AVX2 void exact_rows_avx2(const int T, const int R, const Weight *w, cons
   for (int i = 0; i < w->groups; i++) {
     const Group *g = w->group + i;
     for (int begin = 0, end; begin < g->words; begin = end) {
-      end = take_words(expand_avx2, w, tile, g, first, 8 * R, begin, &planes);
+      end = g->words;
+      if (trellises) end = take_words(expand_avx2, w, tile, g, first, 8 * R, begin, &planes);
       for (int p = 0; p < g->planes; p++) {
-        const uint32_t *data = planes.data[p];
-        const int stride = planes.stride[p], last = end == g->words;
+        const uint32_t *data = trellises ? planes.data[p] : plane_words(w, tile, g, p) + first;
+        const int stride = trellises ? planes.stride[p] : w->tile, last = end == g->words;
         const float *table = a->table + (int64_t)(g->first_word + begin) * AVX2_LOOKUPS * T * 8;
         __m256 acc[2][4][4];
         for (int j = 0; j < 2; j++)
@@ -697,12 +699,21 @@ INLINE AVX2 void exact_rows_avx2(const int T, const int R, const Weight *w, cons
     for (int r = 0; r < R; r++) _mm256_storeu_ps(y + t * w->tile + first + 8 * r, total[t][r]);
 }
 
-static AVX2 void exact_tile_avx2(const Weight *w, const Activations *a, int64_t tile, float *y) {
+INLINE AVX2 void exact_rows_of_tile_avx2(const int trellises, const Weight *w,
+                                         const Activations *a, int64_t tile, float *y) {
   if (a->tokens == TOKENS)
     for (int first = 0; first < w->tile; first += 8)
-      exact_rows_avx2(TOKENS, 1, w, a, tile, first, y);
+      exact_rows_avx2(trellises, TOKENS, 1, w, a, tile, first, y);
   else
-    for (int first = 0; first < w->tile; first += 32) exact_rows_avx2(1, 4, w, a, tile, first, y);
+    for (int first = 0; first < w->tile; first += 32)
+      exact_rows_avx2(trellises, 1, 4, w, a, tile, first, y);
+}
+
+static AVX2 void exact_tile_avx2(const Weight *w, const Activations *a, int64_t tile, float *y) {
+  if (w->trellises)
+    exact_rows_of_tile_avx2(1, w, a, tile, y);
+  else
+    exact_rows_of_tile_avx2(0, w, a, tile, y);
 }
 
 static AVX2 void quantize_avx2(const float *x, int words, int8_t *q, float *scale, int32_t *sum) {
@@ -1013,8 +1024,7 @@ static __attribute__((noinline)) AVX512 void expand_avx512(const Weight *w, int6
     filter_planes_avx512(2, 4, g, &f, above);
 }
 
-INLINE AVX512 void exact_rows_avx512(const int T, const int R, const Weight *w,
-                                     const Activations *a, int64_t tile, int first, float *y) {
+INLINE AVX512 void exact_rows_avx512(const int trellises, const int T, const int R, const Weight *w, const Activations *a, int64_t tile, int first, float *y) {
   Planes planes;
   __m512 total[4][4], kept[MAX_PLANES][4][4]; /* of the words before */
   for (int t = 0; t < T; t++)
@@ -1022,10 +1032,11 @@ INLINE AVX512 void exact_rows_avx512(const int T, const int R, const Weight *w,
   for (int i = 0; i < w->groups; i++) {
     const Group *g = w->group + i;
     for (int begin = 0, end; begin < g->words; begin = end) {
-      end = take_words(expand_avx512, w, tile, g, first, 16 * R, begin, &planes);
+      end = g->words;
+      if (trellises) end = take_words(expand_avx512, w, tile, g, first, 16 * R, begin, &planes);
       for (int p = 0; p < g->planes; p++) {
-        const uint32_t *data = planes.data[p];
-        const int stride = planes.stride[p], last = end == g->words;
+        const uint32_t *data = trellises ? planes.data[p] : plane_words(w, tile, g, p) + first;
+        const int stride = trellises ? planes.stride[p] : w->tile, last = end == g->words;
         const float *table = a->table + (int64_t)(g->first_word + begin) * LOOKUPS * T * 16;
         __m512 acc[4][4];
         for (int t = 0; t < T; t++)
@@ -1058,15 +1069,23 @@ INLINE AVX512 void exact_rows_avx512(const int T, const int R, const Weight *w,
     for (int r = 0; r < R; r++) _mm512_storeu_ps(y + t * w->tile + first + 16 * r, total[t][r]);
 }
 
-static AVX512 void exact_tile_avx512(const Weight *w, const Activations *a, int64_t tile,
-                                     float *y) {
+INLINE AVX512 void exact_rows_of_tile_avx512(const int trellises, const Weight *w,
+                                             const Activations *a, int64_t tile, float *y) {
   if (a->tokens == TOKENS)
     for (int first = 0; first < w->tile; first += 32)
-      exact_rows_avx512(TOKENS, 2, w, a, tile, first, y);
+      exact_rows_avx512(trellises, TOKENS, 2, w, a, tile, first, y);
   else if (w->tile == 64)
-    exact_rows_avx512(1, 4, w, a, tile, 0, y);
+    exact_rows_avx512(trellises, 1, 4, w, a, tile, 0, y);
   else
-    exact_rows_avx512(1, 2, w, a, tile, 0, y);
+    exact_rows_avx512(trellises, 1, 2, w, a, tile, 0, y);
+}
+
+static AVX512 void exact_tile_avx512(const Weight *w, const Activations *a, int64_t tile,
+                                     float *y) {
+  if (w->trellises)
+    exact_rows_of_tile_avx512(1, w, a, tile, y);
+  else
+    exact_rows_of_tile_avx512(0, w, a, tile, y);
 }
 
 INLINE VNNI __m512i dot_vnni(__m512i acc, __m512i bits, __m512i q) {
@@ -1135,8 +1154,9 @@ INLINE AVX512 __m512i four_columns(const int8_t *q) {
     }                                                                                              \
   }                                                                                                \
                                                                                                    \
-  INLINE TARGET void int8_rows_##SUFFIX(const int T, const int R, const Weight *w,                 \
-                                        const Activations *a, int64_t tile, int first, float *y) { \
+  INLINE TARGET void int8_rows_##SUFFIX(const int trellises, const int T, const int R,             \
+                                        const Weight *w, const Activations *a, int64_t tile,       \
+                                        int first, float *y) {                                     \
     const int64_t token_q = (int64_t)w->words * WORD;                                              \
     Planes planes;                                                                                 \
     __m512 total[16];                                                                              \
@@ -1146,10 +1166,11 @@ INLINE AVX512 __m512i four_columns(const int8_t *q) {
       __m512i kept[MAX_PLANES][16]; /* of the words before */                                      \
       for (int begin = 0, end; begin < g->words; begin = end) {                                    \
         const int8_t *q = a->q + (int64_t)(g->first_word + begin) * WORD;                          \
-        end = take_words(expand_avx512, w, tile, g, first, 16 * R, begin, &planes);                \
+        end = g->words;                                                                            \
+        if (trellises) end = take_words(expand_avx512, w, tile, g, first, 16 * R, begin, &planes); \
         for (int p = 0; p < g->planes; p++) {                                                      \
-          const uint32_t *data = planes.data[p];                                                   \
-          const int stride = planes.stride[p];                                                     \
+          const uint32_t *data = trellises ? planes.data[p] : plane_words(w, tile, g, p) + first;  \
+          const int stride = trellises ? planes.stride[p] : w->tile;                               \
           __m512i sum[16];                                                                         \
           if (T == 1)                                                                              \
             int8_one_##SUFFIX(R, data, stride, end - begin, q, sum);                               \
@@ -1191,15 +1212,23 @@ INLINE AVX512 __m512i four_columns(const int8_t *q) {
         _mm512_storeu_ps(y + t * w->tile + first + 16 * r, total[t * R + r]);                      \
   }                                                                                                \
                                                                                                    \
-  static TARGET void int8_tile_##SUFFIX(const Weight *w, const Activations *a, int64_t tile,       \
-                                        float *y) {                                                \
+  INLINE TARGET void int8_rows_of_tile_##SUFFIX(const int trellises, const Weight *w,              \
+                                                const Activations *a, int64_t tile, float *y) {    \
     if (a->tokens == TOKENS)                                                                       \
       for (int first = 0; first < w->tile; first += 32)                                            \
-        int8_rows_##SUFFIX(TOKENS, 2, w, a, tile, first, y);                                       \
+        int8_rows_##SUFFIX(trellises, TOKENS, 2, w, a, tile, first, y);                            \
     else if (w->tile == 64)                                                                        \
-      int8_rows_##SUFFIX(1, 4, w, a, tile, 0, y);                                                  \
+      int8_rows_##SUFFIX(trellises, 1, 4, w, a, tile, 0, y);                                       \
     else                                                                                           \
-      int8_rows_##SUFFIX(1, 2, w, a, tile, 0, y);                                                  \
+      int8_rows_##SUFFIX(trellises, 1, 2, w, a, tile, 0, y);                                       \
+  }                                                                                                \
+                                                                                                   \
+  static TARGET void int8_tile_##SUFFIX(const Weight *w, const Activations *a, int64_t tile,       \
+                                        float *y) {                                                \
+    if (w->trellises)                                                                              \
+      int8_rows_of_tile_##SUFFIX(1, w, a, tile, y);                                                \
+    else                                                                                           \
+      int8_rows_of_tile_##SUFFIX(0, w, a, tile, y);                                                \
   }
 
 DEFINE_INT8_AVX512(vnni, VNNI, dot_vnni)

@@ -82,7 +82,7 @@ class _Weight(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("n", "k", "row_bytes")),
         *((name, ctypes.c_int32) for name in ("tile", "groups", "words")),
         *((name, ctypes.c_int32) for name in ("stream", "slots", "word_columns")),
-        ("variant", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("variant", "trellises")),
         *((name, ctypes.c_void_p) for name in ("group", "data", "scale", "column", "column_scale")),
         *((f"overlay_{name}", ctypes.c_void_p) for name in ("start", "column", "delta")),
     )
@@ -252,6 +252,7 @@ def repack(pw: PackedWeight, library: ctypes.CDLL, variant: int) -> CpuWeight:
         slots=scale.shape[1],
         word_columns=columns_per_word,
         variant=variant,
+        trellises=layout.has_trellis,
         group=ctypes.addressof(array),
         data=data.data_ptr(),
         scale=scale.data_ptr(),

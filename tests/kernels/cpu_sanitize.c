@@ -81,7 +81,10 @@ static void run(const Case *c, int index, int threads, float last, float *y, flo
   Group groups[GROUPS] = {0};
   Weight w = {.n = n, .variant = index, .tile = n > 64 ? 64 : 32};
   w.word_columns = pbq_variant_word_columns(index);
-  for (int t = 0; t < c->count; t++) w.k += c->tiers[t].columns;
+  for (int t = 0; t < c->count; t++) {
+    w.k += c->tiers[t].columns;
+    w.trellises |= c->tiers[t].path != 0;
+  }
   w.groups = add_groups(&w, groups, c->tiers, c->count);
   w.group = exactly(groups, sizeof(Group) * w.groups);
   const int64_t tiles = (n + w.tile - 1) / w.tile, element = size_of(dtype);
