@@ -433,7 +433,8 @@ static void exact_tile_portable(const Weight *w, const Activations *a, int64_t t
       }
       for (int p = 0; p < g->planes; p++) {
         const uint16_t *scale = scales_of(w, tile, scale_slot(g, p));
-        for (int r = 0; r < w->tile; r++) y[r] += half_to_float(scale[r]) * g->factor[p] * acc[p][r];
+        for (int r = 0; r < w->tile; r++)
+          y[r] += half_to_float(scale[r]) * g->factor[p] * acc[p][r];
       }
       if (g->offset >= 0)
         for (int r = 0; r < w->tile; r++)
@@ -647,8 +648,8 @@ DEFINE_EXPAND(avx2, AVX2, 8)
 
 /* T tokens times R registers of rows, from row `first` of the tile. Two accumulators each: the
  * additions of one would wait for each other. */
-INLINE AVX2 void exact_rows_avx2(const int trellises, const int T, const int R, const Weight *w, const Activations *a,
-                                 int64_t tile, int first, float *y) {
+INLINE AVX2 void exact_rows_avx2(const int trellises, const int T, const int R, const Weight *w,
+                                 const Activations *a, int64_t tile, int first, float *y) {
   Planes planes;
   __m256 total[4][4], kept[MAX_PLANES][2][4][4]; /* of the words before */
   for (int t = 0; t < T; t++)
@@ -816,7 +817,8 @@ static AVX2 void int8_tile_avx2(const Weight *w, const Activations *a, int64_t t
           const __m256 factor = _mm256_set1_ps(g->factor[p]);
           for (int r = 0; r < 4; r++) {
             const __m256i twice = _mm256_sub_epi32(_mm256_slli_epi32(dot[t][p][r], 1), q_sum);
-            const __m256 s = _mm256_mul_ps(_mm256_mul_ps(scales_avx2(scale + 8 * r), factor), q_scale);
+            const __m256 s =
+                _mm256_mul_ps(_mm256_mul_ps(scales_avx2(scale + 8 * r), factor), q_scale);
             total[t][r] = _mm256_fmadd_ps(s, _mm256_cvtepi32_ps(twice), total[t][r]);
           }
         }
@@ -941,7 +943,8 @@ INLINE AVX512 void filter_avx512(const int R, const int pairs, const int singles
       _mm512_setr_epi32(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
   const __m512i late = _mm512_sub_epi32(lane, _mm512_set1_epi32(f->delay));
   __m512i pair[EDGE], single[EDGE];
-  for (int i = 0; i < pairs; i++) pair[i] = _mm512_sub_epi32(lane, _mm512_set1_epi32(taps->pair[i]));
+  for (int i = 0; i < pairs; i++)
+    pair[i] = _mm512_sub_epi32(lane, _mm512_set1_epi32(taps->pair[i]));
   for (int i = 0; i < singles; i++)
     single[i] = _mm512_sub_epi32(lane, _mm512_set1_epi32(taps->single[i]));
   const uint32_t *path = f->path, *others = f->others;
@@ -1024,7 +1027,9 @@ static __attribute__((noinline)) AVX512 void expand_avx512(const Weight *w, int6
     filter_planes_avx512(2, 4, g, &f, above);
 }
 
-INLINE AVX512 void exact_rows_avx512(const int trellises, const int T, const int R, const Weight *w, const Activations *a, int64_t tile, int first, float *y) {
+INLINE AVX512 void exact_rows_avx512(const int trellises, const int T, const int R,
+                                     const Weight *w, const Activations *a, int64_t tile,
+                                     int first, float *y) {
   Planes planes;
   __m512 total[4][4], kept[MAX_PLANES][4][4]; /* of the words before */
   for (int t = 0; t < T; t++)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pbq_kernels import BACKENDS, dequant_matmul, paths, planes, select
+import pbq_kernels
+from pbq_kernels import BACKENDS, dequant_matmul, paths, select
 from pbq_kernels.layout import (
     PackedFormatError,
     PackedWeight,
@@ -374,7 +375,7 @@ def test_a_backend_that_knows_no_trellis_gets_the_plain_form(
         assert isinstance(backend, PlainOnly) == layout.is_plain
     backend = select(pw.layout, torch.device("cpu"), "plain only")
     form = backend.prepare(pw)
-    assert torch.equal(planes(backend, form)["weight"](rows[5:9]), stored[5:9])
+    assert torch.equal(pbq_kernels.planes(backend, form)["weight"](rows[5:9]), stored[5:9])
     x = torch.ones(2, 65)
     assert torch.equal(backend.matmul(x, form), x @ dequantize(pw).T)
 
