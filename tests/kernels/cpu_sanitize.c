@@ -143,7 +143,7 @@ static void run(const Case *c, int index, int threads, float last, float *y, flo
 }
 
 #define MOST_SUMS (33 * 37)
-#define MOST_WEIGHTS (130 * 2100)
+#define MOST_WEIGHTS (130 * 2198)
 
 static float y[MOST_SUMS], expected[MOST_SUMS], other[MOST_SUMS];
 static float dense[MOST_WEIGHTS], expected_dense[MOST_WEIGHTS];
@@ -188,7 +188,7 @@ int main(void) {
       {{2, 360, 90, 1, 0}, {3, 640, 640, 0, 0}},
       {{1, 2100, 2100, 0, 0}},
       /* trellises of every number of taps; more words than are expanded at once */
-      {{1, 2000, 2000, 1, 0, 015107, 1, 1},
+      {{1, 2100, 2100, 1, 0, 015107, 1, 1},
        {3, 65, 65, 1, 1, 03047, 1, 1},
        {7, 33, 33, 1, 0, 05, 1}},
       {{1, 40, 40, 1, 0, 023, 2}, {3, 700, 500, 1, 0, 0147, 1}, {2, 1100, 700, 1, 1, 0615, 1, 1}},
