@@ -234,7 +234,8 @@ typedef struct {
   int64_t plane;          /* ... and how far it is to the next */
   uint32_t *made;         /* of plane 0; the others are CHUNK * MAX_TILE behind */
   int words, stride, path_stride, made_stride;
-  int delay, taps, tap[EDGE]; /* rows ago that planes 0 and 1 have of the path; 1 now as well */
+  int delay;           /* plane 0 is the path so many rows above ... */
+  int taps, tap[EDGE]; /* ... and plane 1 the path XOR the path so many rows above */
 } Filter;
 
 /* The lowest two planes are made, and of 3 or 4 uneven ones all. */
