@@ -202,8 +202,8 @@ class WeightLayout:
         return self.scale_bits == 16 and not self.has_trellis
 
     def plain(self) -> WeightLayout:
-        """The layout of the same weight as every backend takes it: what a trellis makes is stored too,
-        scales are float16, one a plane where levels are uneven.
+        """The layout of the same weight as every backend takes it: what a trellis makes is stored
+        too, scales are float16, one a plane where levels are uneven.
         """
         tiers = (
             dataclasses.replace(
