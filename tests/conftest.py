@@ -40,6 +40,7 @@ from pbq_kernels.layout import (
     encode_overlay,
     pack_codes,
 )
+from pbq_kernels.scales import encoded_scales
 
 # Before a test imports pbq: calls into the floor of tensors have their shapes and dtypes checked.
 CHECKED = ["grid", "hessian", "gptq", "allocate", "pack"]
@@ -203,6 +204,7 @@ def build_random_packed(
 ) -> PackedWeight:
     """Random bits, plausible scales, shuffled columns. A tier of -1 columns takes the rest.
 
+    Scales are bytes where a tier is uneven, which needs that.
     overlay: share of the entries that the overlay replaces. rank: of a product of two factors.
     """
     if rank:
@@ -227,7 +229,8 @@ def build_random_packed(
     mask = torch.rand(n, k, generator=generator) < overlay
     count, gap = encode_overlay(mask)
     entries = int(mask.sum())
-    layout = WeightLayout(n, k, tiers, column_scale, entries, len(gap))
+    scale_bits = 8 if any(tier.uneven for tier in tiers) else 16
+    layout = WeightLayout(n, k, tiers, column_scale, entries, len(gap), scale_bits=scale_bits)
     every = {
         "weight": torch.cat([codes(tier) for tier in tiers], 1),
         "scale": halves(n, sum(t.scales for t in tiers)),
@@ -239,6 +242,8 @@ def build_random_packed(
         "overlay_value": torch.randint(-127, 128, (entries,), generator=generator).to(torch.int8),
         "overlay_scale": halves(n) / 50,
     }
+    if scale_bits == 8:
+        every["scale"], every["scale_exponent"] = encoded_scales(every["scale"].float())
     return PackedWeight(layout, {name: every[name] for name in layout.tensors()})
 
 

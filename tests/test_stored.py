@@ -166,6 +166,22 @@ def test_both_factors_go(random_packed: RandomPacked) -> None:
     assert not is_held(linear) and not is_held(linear, "inner_weight")
 
 
+@pytest.mark.parametrize("uneven", [False, True])
+def test_the_planes_of_a_trellis_go(
+    uneven: bool, random_packed: RandomPacked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_module, "_backend_name", "auto")
+    tiers = (Tier(1, 50, tied=True, trellis=12, uneven=uneven), Tier(2, -1, tied=True, trellis=8))
+    packed = random_packed(N, K, tiers)
+    linear = PackedLinear.from_packed(copy.deepcopy(packed))
+    y = linear(torch.ones(K))
+    if not planes(linear.prepare().backend, linear.prepare().form):
+        pytest.skip("no kernel runs here")
+    assert not is_held(linear)
+    assert torch.equal(linear.weight, packed.tensors["weight"])
+    assert torch.equal(linear(torch.ones(K)), y)
+
+
 @pytest.mark.parametrize("rank", [0, 13])
 def test_planes_with_other_padding_are_kept(
     rank: int, random_packed: RandomPacked, backend: str

@@ -106,7 +106,7 @@ class InARow:
 
 
 class Expanded:
-    """A weight that kernels do not take as it is: they get its plain form, which is larger."""
+    """A weight that a backend does not take as it is: it gets the plain form, which is larger."""
 
     def __init__(self, backend: Backend, layout: WeightLayout) -> None:
         self.backend, self.layout, self.name = backend, layout, backend.name
@@ -154,17 +154,17 @@ def select(layout: WeightLayout, device: torch.device, name: str = "auto") -> Ba
     if layout.rank:
         outer, inner = layout.factors()
         return InARow(select(outer, device, name), select(inner, device, name))
-    if not layout.is_plain and name != "reference":
-        return Expanded(select(layout.plain(), device, name), layout)
     if name != "auto":
         if name not in BACKENDS:
             raise ValueError(f"unknown kernel backend {name!r}; there are {', '.join(BACKENDS)}")
-        reason = BACKENDS[name].why_not(layout, device)
+        backend = _as_it_serves(BACKENDS[name], layout, device)
+        reason = backend.why_not(layout, device)
         if reason:
             raise ValueError(f"kernel backend {name!r} cannot be used here: {reason}")
-        return BACKENDS[name]
+        return backend
     reasons: list[str] = []
-    for backend in BACKENDS.values():
+    for named in BACKENDS.values():
+        backend = _as_it_serves(named, layout, device)
         reason = backend.why_not(layout, device)
         if reason is None:
             if device.type == "cuda" and backend.name == "reference":
@@ -173,6 +173,13 @@ def select(layout: WeightLayout, device: torch.device, name: str = "auto") -> Ba
         log.debug("backend %s passed over: %s", backend.name, reason)
         reasons.append(f"{backend.name}: {reason}")
     raise AssertionError("the reference backend serves every layout")
+
+
+def _as_it_serves(backend: Backend, layout: WeightLayout, device: torch.device) -> Backend:
+    """The backend itself, or what gives it the plain form of a weight that it takes only so."""
+    if layout.is_plain or backend.why_not(layout, device) is None:
+        return backend
+    return Expanded(backend, layout)
 
 
 @functools.cache

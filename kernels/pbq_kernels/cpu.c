@@ -13,6 +13,9 @@
  *
  * NEON has tables of integers for both modes: see there.
  *
+ * Of a tier with a trellis (trellis.py) the stream has the stored planes, and the planes of its
+ * levels are made as they are read, a chunk of words at a time.
+ *
  * Sizes are checked by the caller (cpu.py); nothing here allocates from unchecked input.
  */
 #include <math.h>
@@ -47,6 +50,14 @@ static int omp_get_thread_num(void) { return 0; }
 #define WORD 32  /* positions of x kept for one weight word; AVX2 leaves the last two empty */
 #define TOKENS 4 /* multiplied at once, while so many are left */
 #define MAX_TILE 64
+#define MAX_PLANES 8
+#define EDGE 16 /* rows above a tile that its planes may be made of: 12, and whole registers */
+/* Words of a trellis whose planes are made at once: they stay in the first cache. */
+#ifdef __aarch64__
+#define CHUNK 64 /* the BLOCK of NEON */
+#else
+#define CHUNK 16
+#endif
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { EXACT, INT8 };
@@ -59,16 +70,22 @@ typedef struct {
   int32_t words;      /* of one plane of one row */
   int32_t first_word; /* its place in the words of x */
   int32_t stream;     /* its first word in the stream of one row */
-  int32_t planes;
-  int32_t tied;   /* plane p scales by 2**p times the one stored scale */
-  int32_t scale;  /* slot of the first scale */
-  int32_t offset; /* slot of the offset, or -1 */
+  int32_t stored;     /* planes in the stream */
+  int32_t planes;     /* of the levels: one more with a trellis */
+  int32_t tied;       /* one scale is stored for all planes */
+  int32_t scale;      /* slot of the first scale */
+  int32_t offset;     /* slot of the offset, or -1 */
+  int32_t path;       /* of a trellis, else 0: bit i is set where plane 1 has the path i rows ago */
+  int32_t delay;      /* of a trellis: plane 0 is the path so many rows ago */
+  int32_t uneven;     /* of a trellis: the planes of 2 to 4 made so are the place of the level */
+  float factor[MAX_PLANES]; /* of each plane of the levels, times its stored scale */
 } Group;
 
 /* Mirrors Weight in cpu.py. */
 typedef struct {
   int64_t n, k, row_bytes;
   int32_t tile, groups, words, stream, slots, word_columns, variant;
+  int32_t trellises; /* whether there are any */
   const Group *group;
   const uint32_t *data;      /* [tiles, stream, tile] */
   const uint16_t *scale;     /* float16 [tiles, slots, tile] */
@@ -157,12 +174,9 @@ INLINE void store(void *y, int64_t i, int dtype, float value) {
     ((uint16_t *)y)[i] = dtype == BFLOAT16 ? float_to_bfloat(value) : float_to_half(value);
 }
 
-INLINE float plane_factor(const Group *g, int plane) {
-  return g->tied ? (float)(1 << plane) : 1.0f;
-}
-
 INLINE int scale_slot(const Group *g, int plane) { return g->tied ? g->scale : g->scale + plane; }
 
+/* Of a stored plane. */
 INLINE const uint32_t *plane_words(const Weight *w, int64_t tile, const Group *g, int plane) {
   return w->data + (tile * w->stream + g->stream + (int64_t)plane * g->words) * w->tile;
 }
@@ -174,6 +188,212 @@ INLINE const uint16_t *scales_of(const Weight *w, int64_t tile, int slot) {
 /* Lookups that the last word of a group still needs: the rest of it is padding. */
 INLINE int last_lookups(const Group *g, int word_columns, int step) {
   return (g->columns - (g->words - 1) * word_columns + step - 1) / step;
+}
+
+/* --- trellis -------------------------------------------------------------------------------- */
+
+/* Planes of the levels, some words and rows of them, each with its step from word to word: in the
+ * stream as they are, or made here. */
+typedef struct {
+  const uint32_t *data[MAX_PLANES];
+  int stride[MAX_PLANES];
+  uint32_t made[4][CHUNK * MAX_TILE];
+  uint32_t edge[CHUNK * 2 * EDGE]; /* the rows above a tile and its first ones, side by side */
+} Planes;
+
+/* Words [begin, end) and rows [first, first + rows) of a group with a trellis. */
+typedef void Expand(const Weight *w, int64_t tile, const Group *g, int first, int rows, int begin,
+                    int end, Planes *to);
+
+/* bits[p] is bit p of a level's place among 2**planes uneven ones, and becomes the sign of plane p:
+ * `sums` of trellis.py as Boolean functions. A level's negative has the opposite signs. */
+#define DEFINE_SIGNS(NAME, TYPE, TARGET)                               \
+  INLINE TARGET void NAME(const int planes, TYPE *bits) {              \
+    if (planes < 3) return; /* they are the signs */                   \
+    const TYPE flip = ~bits[planes - 1];                               \
+    const TYPE a = bits[0] ^ flip, b = bits[1] ^ flip, bb = ~b;        \
+    if (planes == 3) {                                                 \
+      bits[0] = (a | bb) ^ flip;                                       \
+      bits[1] = (b | ~a) ^ flip;                                       \
+      bits[2] = (a | b) ^ flip;                                        \
+      return;                                                          \
+    }                                                                  \
+    const TYPE c = bits[2] ^ flip, ac = a ^ c;                         \
+    bits[0] = ((a & b) | (c & bb)) ^ flip;                             \
+    bits[1] = ((a ^ bb) | ac) ^ flip;                                  \
+    bits[2] = (b | ~ac) ^ flip;                                        \
+    bits[3] = (c | (a ^ b)) ^ flip;                                    \
+  }
+
+DEFINE_SIGNS(signs_of_place, uint32_t, )
+
+/* A path and what is made of it, of some rows, for a loop over words. */
+typedef struct {
+  const uint32_t *path;   /* readable up to 12 rows above */
+  const uint32_t *others; /* stored plane 1 of these rows ... */
+  int64_t plane;          /* ... and how far it is to the next */
+  uint32_t *made;         /* of plane 0; the others are CHUNK * MAX_TILE behind */
+  int words, stride, path_stride, made_stride;
+  int delay;           /* plane 0 is the path so many rows above ... */
+  int taps, tap[EDGE]; /* ... and plane 1 the path XOR the path so many rows above */
+} Filter;
+
+/* The lowest two planes are made, and of 3 or 4 uneven ones all. */
+INLINE int planes_made(const Group *g) { return g->uneven ? g->planes : 2; }
+
+INLINE Filter filter_of(const Weight *w, int64_t tile, const Group *g, int first, int rows,
+                        int begin, int end, Planes *to) {
+  Filter f;
+  f.words = end - begin;
+  f.stride = f.path_stride = w->tile;
+  f.made_stride = rows;
+  f.taps = 0;
+  f.plane = (int64_t)g->words * w->tile;
+  f.path = plane_words(w, tile, g, 0) + (int64_t)begin * w->tile + first;
+  f.others = f.path + f.plane;
+  f.made = to->made[0];
+  f.delay = g->delay;
+  for (int left = g->path & ~1; left; left &= left - 1)
+    f.tap[f.taps++] = __builtin_ctz((unsigned)left);
+  const int made = planes_made(g);
+  for (int p = 0; p < g->planes; p++) {
+    to->data[p] = p < made ? to->made[p] : f.others + (p - 2) * f.plane;
+    to->stride[p] = p < made ? rows : w->tile;
+  }
+  return f;
+}
+
+INLINE void filter(const int lanes, const int taps, const int planes, const Filter *f) {
+  const uint32_t *restrict u = f->path, *restrict others = f->others;
+  uint32_t *restrict made = f->made;
+  const int64_t delay = f->delay, plane = f->plane;
+  int64_t tap[EDGE]; /* in registers */
+#pragma GCC unroll 8
+  for (int i = 0; i < taps; i++) tap[i] = f->tap[i];
+  for (int word = 0; word < f->words; word++) {
+    __builtin_prefetch(others - plane + CHUNK * f->stride); /* the path, whatever u is */
+    if (planes > 2) __builtin_prefetch(others + CHUNK * f->stride);
+    if (planes > 3) __builtin_prefetch(others + plane + CHUNK * f->stride);
+#pragma GCC ivdep
+#pragma GCC unroll 1 /* what is unrolled early becomes no vector instructions */
+    for (int r = 0; r < lanes; r++) {
+      uint32_t bits[4] = {u[r - delay], u[r]};
+#pragma GCC unroll 8
+      for (int i = 0; i < taps; i++) bits[1] ^= u[r - tap[i]];
+#pragma GCC unroll 2
+      for (int p = 2; p < planes; p++) bits[p] = others[(p - 2) * plane + r];
+      signs_of_place(planes, bits);
+#pragma GCC unroll 4
+      for (int p = 0; p < planes; p++) made[p * CHUNK * MAX_TILE + r] = bits[p];
+    }
+    u += f->path_stride, others += f->stride, made += f->made_stride;
+  }
+}
+
+INLINE void filter_planes(const int lanes, const int planes, const Filter *f) {
+  switch (f->taps) { /* as many as the polynomials of trellis.py have */
+    case 1: filter(lanes, 1, planes, f); break;
+    case 2: filter(lanes, 2, planes, f); break;
+    case 4: filter(lanes, 4, planes, f); break;
+    case 5: filter(lanes, 5, planes, f); break;
+    case 6: filter(lanes, 6, planes, f); break;
+    default: filter(lanes, f->taps, planes, f);
+  }
+}
+
+/* The last rows of the tile above and the first of this one side by side, word after word. */
+INLINE void copy_edge(const Weight *w, int64_t tile, const Filter *f, int first, uint32_t *edge) {
+  const uint32_t *here = f->path - first;
+  for (int word = 0; word < f->words; word++, edge += 2 * EDGE, here += w->tile) {
+    if (tile)
+      memcpy(edge, here - (int64_t)w->stream * w->tile + w->tile - EDGE, EDGE * 4);
+    else
+      memset(edge, 0, EDGE * 4);
+    memcpy(edge + EDGE, here, EDGE * 4);
+  }
+}
+
+/* In registers of so many rows, up to EDGE. */
+INLINE void expand(const int lanes, const Weight *w, int64_t tile, const Group *g, int first,
+                   int rows, int begin, int end, Planes *to) {
+  const Filter whole = filter_of(w, tile, g, first, rows, begin, end, to);
+  const int planes = planes_made(g);
+  if (first < EDGE) copy_edge(w, tile, &whole, first, to->edge);
+  for (int r = 0; r < rows; r += lanes) {
+    Filter f = whole;
+    f.path += r, f.others += r, f.made += r;
+    if (first + r < EDGE) f.path = to->edge + EDGE + first + r, f.path_stride = 2 * EDGE;
+    if (planes == 2)
+      filter_planes(lanes, 2, &f);
+    else if (planes == 3)
+      filter_planes(lanes, 3, &f);
+    else
+      filter_planes(lanes, 4, &f);
+  }
+}
+
+#define DEFINE_EXPAND(SUFFIX, TARGET, LANES)                                                       \
+  static __attribute__((noinline)) TARGET void expand_##SUFFIX(                                    \
+      const Weight *w, int64_t tile, const Group *g, int first, int rows, int begin, int end,      \
+      Planes *to) {                                                                                \
+    expand(LANES, w, tile, g, first, rows, begin, end, to);                                        \
+  }
+
+/* The planes of rows [first, first + rows) of a tile, from word `begin` of a group to the one that
+ * is returned: all words, or CHUNK of them where planes are to be made. */
+INLINE int take_words(Expand *expand, const Weight *w, int64_t tile, const Group *g, int first,
+                      int rows, int begin, Planes *to) {
+  if (!g->path) {
+    for (int p = 0; p < g->planes; p++) {
+      to->data[p] = plane_words(w, tile, g, p) + first;
+      to->stride[p] = w->tile;
+    }
+    return g->words;
+  }
+  const int end = g->words - begin < CHUNK ? g->words : begin + CHUNK;
+  expand(w, tile, g, first, rows, begin, end, to);
+  return end;
+}
+
+/* Where the path of a row and group lies so many rows above, or NULL where there is no such row. */
+INLINE const uint32_t *path_above(const Weight *w, const Group *g, int64_t tile, int64_t lane,
+                                  int rows) {
+  if (rows <= lane) return plane_words(w, tile, g, 0) + lane - rows;
+  return tile ? plane_words(w, tile - 1, g, 0) + w->tile + lane - rows : NULL;
+}
+
+/* One row of a group, to be read word after word. */
+typedef struct {
+  const uint32_t *stored; /* plane 0 */
+  const uint32_t *low;    /* of a trellis: the path that is plane 0, or NULL for zero ... */
+  const uint32_t *high[EDGE]; /* ... and those whose XOR is plane 1 */
+  int highs;
+} Row;
+
+INLINE void find_row(const Weight *w, const Group *g, int64_t tile, int64_t lane, Row *to) {
+  to->stored = plane_words(w, tile, g, 0) + lane;
+  to->low = NULL;
+  to->highs = 0;
+  if (!g->path) return;
+  to->low = path_above(w, g, tile, lane, g->delay);
+  for (int i = 0; i < EDGE; i++) {
+    const uint32_t *above = g->path >> i & 1 ? path_above(w, g, tile, lane, i) : NULL;
+    if (above) to->high[to->highs++] = above;
+  }
+}
+
+/* bits[p]: plane p of a word of the row. */
+INLINE void row_planes(const Weight *w, const Group *g, const Row *row, int word, uint32_t *bits) {
+  const int64_t at = (int64_t)word * w->tile, plane = (int64_t)g->words * w->tile;
+  if (!g->path) {
+    for (int p = 0; p < g->planes; p++) bits[p] = row->stored[p * plane + at];
+    return;
+  }
+  bits[0] = row->low ? row->low[at] : 0;
+  bits[1] = row->high[0][at];
+  for (int i = 1; i < row->highs; i++) bits[1] ^= row->high[i][at];
+  for (int p = 2; p < g->planes; p++) bits[p] = row->stored[(p - 1) * plane + at];
+  if (g->uneven) signs_of_place(g->planes, bits);
 }
 
 /* --- portable ------------------------------------------------------------------------------- */
@@ -190,24 +410,32 @@ static void tabulate_portable(const float *x, int words, float *table, int token
     }
 }
 
+DEFINE_EXPAND(portable, , 4)
+
 static void exact_tile_portable(const Weight *w, const Activations *a, int64_t tile, float *y) {
+  Planes planes;
   for (int t = 0; t < a->tokens; t++, y += w->tile) {
     for (int r = 0; r < w->tile; r++) y[r] = 0;
     for (int i = 0; i < w->groups; i++) {
       const Group *g = w->group + i;
-      for (int p = 0; p < g->planes; p++) {
-        const uint32_t *data = plane_words(w, tile, g, p);
-        const uint16_t *scale = scales_of(w, tile, scale_slot(g, p));
-        float acc[MAX_TILE] = {0};
-        for (int word = 0; word < g->words; word++, data += w->tile) {
-          const float *table =
-              a->table + ((int64_t)(g->first_word + word) * LOOKUPS * a->tokens + t) * 16;
-          const int lookups = word + 1 < g->words ? LOOKUPS : last_lookups(g, WORD, 4);
-          for (int s = 0; s < lookups; s++, table += 16 * a->tokens)
-            for (int r = 0; r < w->tile; r++) acc[r] += table[data[r] >> 4 * s & 15];
+      float acc[MAX_PLANES][MAX_TILE] = {0};
+      for (int begin = 0, end; begin < g->words; begin = end) {
+        end = take_words(expand_portable, w, tile, g, 0, w->tile, begin, &planes);
+        for (int p = 0; p < g->planes; p++) {
+          const uint32_t *data = planes.data[p];
+          for (int word = begin; word < end; word++, data += planes.stride[p]) {
+            const float *table =
+                a->table + ((int64_t)(g->first_word + word) * LOOKUPS * a->tokens + t) * 16;
+            const int lookups = word + 1 < g->words ? LOOKUPS : last_lookups(g, WORD, 4);
+            for (int s = 0; s < lookups; s++, table += 16 * a->tokens)
+              for (int r = 0; r < w->tile; r++) acc[p][r] += table[data[r] >> 4 * s & 15];
+          }
         }
+      }
+      for (int p = 0; p < g->planes; p++) {
+        const uint16_t *scale = scales_of(w, tile, scale_slot(g, p));
         for (int r = 0; r < w->tile; r++)
-          y[r] += half_to_float(scale[r]) * plane_factor(g, p) * acc[r];
+          y[r] += half_to_float(scale[r]) * g->factor[p] * acc[p][r];
       }
       if (g->offset >= 0)
         for (int r = 0; r < w->tile; r++)
@@ -236,27 +464,33 @@ static void quantize_portable(const float *x, int words, int8_t *q, float *scale
 }
 
 static void int8_tile_portable(const Weight *w, const Activations *a, int64_t tile, float *y) {
+  Planes planes;
   for (int t = 0; t < a->tokens; t++, y += w->tile) {
     for (int r = 0; r < w->tile; r++) y[r] = 0;
     for (int i = 0; i < w->groups; i++) {
       const Group *g = w->group + i;
       const int at = t * w->groups + i;
+      int32_t acc[MAX_PLANES][MAX_TILE] = {0};
+      for (int begin = 0, end; begin < g->words; begin = end) {
+        end = take_words(expand_portable, w, tile, g, 0, w->tile, begin, &planes);
+        for (int p = 0; p < g->planes; p++) {
+          const uint32_t *data = planes.data[p];
+          const int8_t *q = a->q + ((int64_t)t * w->words + g->first_word + begin) * WORD;
+          for (int word = begin; word < end; word++, data += planes.stride[p], q += WORD)
+            for (int s = 0; s < LOOKUPS; s++) {
+              int32_t sums[16] = {0}; /* of the x whose bits are set */
+              for (int i = 0; i < 4; i++)
+                for (int code = 0; code < 1 << i; code++)
+                  sums[code + (1 << i)] = sums[code] + q[16 * (s % 2) + 4 * i + s / 2];
+              for (int r = 0; r < w->tile; r++) acc[p][r] += sums[data[r] >> 4 * s & 15];
+            }
+        }
+      }
       for (int p = 0; p < g->planes; p++) {
-        const uint32_t *data = plane_words(w, tile, g, p);
         const uint16_t *scale = scales_of(w, tile, scale_slot(g, p));
-        const int8_t *q = a->q + ((int64_t)t * w->words + g->first_word) * WORD;
-        int32_t acc[MAX_TILE] = {0};
-        for (int word = 0; word < g->words; word++, data += w->tile, q += WORD)
-          for (int s = 0; s < LOOKUPS; s++) {
-            int32_t sums[16] = {0}; /* of the x whose bits are set */
-            for (int i = 0; i < 4; i++)
-              for (int code = 0; code < 1 << i; code++)
-                sums[code + (1 << i)] = sums[code] + q[16 * (s % 2) + 4 * i + s / 2];
-            for (int r = 0; r < w->tile; r++) acc[r] += sums[data[r] >> 4 * s & 15];
-          }
         for (int r = 0; r < w->tile; r++)
-          y[r] += half_to_float(scale[r]) * (plane_factor(g, p) * a->q_scale[at]) *
-                  (float)(2 * acc[r] - a->q_sum[at]);
+          y[r] += half_to_float(scale[r]) * g->factor[p] * a->q_scale[at] *
+                  (float)(2 * acc[p][r] - a->q_sum[at]);
       }
       if (g->offset >= 0)
         for (int r = 0; r < w->tile; r++)
@@ -291,7 +525,7 @@ INLINE void store_many(const float *from, int64_t count, int dtype, void *to, in
 INLINE void code_values(const Weight *w, const Group *g, int64_t tile, int64_t lane, float *value) {
   value[0] = g->offset < 0 ? 0.0f : half_to_float(scales_of(w, tile, g->offset)[lane]);
   for (int p = 0; p < g->planes; p++) {
-    const float s = half_to_float(scales_of(w, tile, scale_slot(g, p))[lane]) * plane_factor(g, p);
+    const float s = half_to_float(scales_of(w, tile, scale_slot(g, p))[lane]) * g->factor[p];
     for (int code = 0; code < 1 << p; code++) {
       value[code + (1 << p)] = value[code] + s;
       value[code] -= s;
@@ -307,12 +541,13 @@ INLINE void decode_row(const Weight *w, int64_t row, int dtype, void *out, LookU
   int64_t at = 0;
   for (int i = 0; i < w->groups; i++) {
     const Group *g = w->group + i;
-    const uint32_t *data = plane_words(w, tile, g, 0) + lane;
+    Row stored;
+    find_row(w, g, tile, lane, &stored);
     float value[256];
     code_values(w, g, tile, lane, value);
-    for (int word = 0; word < g->words; word++, data += w->tile) {
-      uint32_t bits[8];
-      for (int p = 0; p < g->planes; p++) bits[p] = data[(int64_t)p * g->words * w->tile];
+    for (int word = 0; word < g->words; word++) {
+      uint32_t bits[MAX_PLANES];
+      row_planes(w, g, &stored, word, bits);
       float entries[WORD];
       look_up(value, bits, g->planes, entries);
       if (w->column_scale)
@@ -410,30 +645,48 @@ INLINE AVX2 void lookup_avx2(const int T, const int R, const uint32_t *data, con
   }
 }
 
+DEFINE_EXPAND(avx2, AVX2, 8)
+
 /* T tokens times R registers of rows, from row `first` of the tile. Two accumulators each: the
  * additions of one would wait for each other. */
-INLINE AVX2 void exact_rows_avx2(const int T, const int R, const Weight *w, const Activations *a,
-                                 int64_t tile, int first, float *y) {
-  __m256 total[4][4];
+INLINE AVX2 void exact_rows_avx2(const int trellises, const int T, const int R, const Weight *w,
+                                 const Activations *a, int64_t tile, int first, float *y) {
+  Planes planes;
+  __m256 total[4][4], kept[MAX_PLANES][2][4][4]; /* of the words before */
   for (int t = 0; t < T; t++)
     for (int r = 0; r < R; r++) total[t][r] = _mm256_setzero_ps();
   for (int i = 0; i < w->groups; i++) {
     const Group *g = w->group + i;
-    for (int p = 0; p < g->planes; p++) {
-      const uint32_t *data = plane_words(w, tile, g, p) + first;
-      const float *table = a->table + (int64_t)g->first_word * AVX2_LOOKUPS * T * 8;
-      __m256 acc[2][4][4];
-      for (int t = 0; t < T; t++)
-        for (int r = 0; r < R; r++) acc[0][t][r] = acc[1][t][r] = _mm256_setzero_ps();
-      for (int word = 1; word < g->words; word++, data += w->tile, table += AVX2_LOOKUPS * T * 8)
-        lookup_avx2(T, R, data, table, AVX2_LOOKUPS, acc);
-      lookup_avx2(T, R, data, table, last_lookups(g, 3 * AVX2_LOOKUPS, 3), acc);
-      const __m256 factor = _mm256_set1_ps(plane_factor(g, p));
-      for (int r = 0; r < R; r++) {
-        const __m256 s = _mm256_mul_ps(
-            scales_avx2(scales_of(w, tile, scale_slot(g, p)) + first + 8 * r), factor);
-        for (int t = 0; t < T; t++)
-          total[t][r] = _mm256_fmadd_ps(s, _mm256_add_ps(acc[0][t][r], acc[1][t][r]), total[t][r]);
+    for (int begin = 0, end; begin < g->words; begin = end) {
+      end = g->words;
+      if (trellises) end = take_words(expand_avx2, w, tile, g, first, 8 * R, begin, &planes);
+      for (int p = 0; p < g->planes; p++) {
+        const uint32_t *data = trellises ? planes.data[p] : plane_words(w, tile, g, p) + first;
+        const int stride = trellises ? planes.stride[p] : w->tile, last = end == g->words;
+        const float *table = a->table + (int64_t)(g->first_word + begin) * AVX2_LOOKUPS * T * 8;
+        __m256 acc[2][4][4];
+        for (int j = 0; j < 2; j++)
+          for (int t = 0; t < T; t++)
+            for (int r = 0; r < R; r++)
+              acc[j][t][r] = begin ? kept[p][j][t][r] : _mm256_setzero_ps();
+        for (int word = begin; word < end - last;
+             word++, data += stride, table += AVX2_LOOKUPS * T * 8)
+          lookup_avx2(T, R, data, table, AVX2_LOOKUPS, acc);
+        if (!last) {
+          for (int j = 0; j < 2; j++)
+            for (int t = 0; t < T; t++)
+              for (int r = 0; r < R; r++) kept[p][j][t][r] = acc[j][t][r];
+          continue;
+        }
+        lookup_avx2(T, R, data, table, last_lookups(g, 3 * AVX2_LOOKUPS, 3), acc);
+        const __m256 factor = _mm256_set1_ps(g->factor[p]);
+        for (int r = 0; r < R; r++) {
+          const __m256 s = _mm256_mul_ps(
+              scales_avx2(scales_of(w, tile, scale_slot(g, p)) + first + 8 * r), factor);
+          for (int t = 0; t < T; t++)
+            total[t][r] =
+                _mm256_fmadd_ps(s, _mm256_add_ps(acc[0][t][r], acc[1][t][r]), total[t][r]);
+        }
       }
     }
     if (g->offset >= 0)
@@ -448,12 +701,21 @@ INLINE AVX2 void exact_rows_avx2(const int T, const int R, const Weight *w, cons
     for (int r = 0; r < R; r++) _mm256_storeu_ps(y + t * w->tile + first + 8 * r, total[t][r]);
 }
 
-static AVX2 void exact_tile_avx2(const Weight *w, const Activations *a, int64_t tile, float *y) {
+INLINE AVX2 void exact_rows_of_tile_avx2(const int trellises, const Weight *w,
+                                         const Activations *a, int64_t tile, float *y) {
   if (a->tokens == TOKENS)
     for (int first = 0; first < w->tile; first += 8)
-      exact_rows_avx2(TOKENS, 1, w, a, tile, first, y);
+      exact_rows_avx2(trellises, TOKENS, 1, w, a, tile, first, y);
   else
-    for (int first = 0; first < w->tile; first += 32) exact_rows_avx2(1, 4, w, a, tile, first, y);
+    for (int first = 0; first < w->tile; first += 32)
+      exact_rows_avx2(trellises, 1, 4, w, a, tile, first, y);
+}
+
+static AVX2 void exact_tile_avx2(const Weight *w, const Activations *a, int64_t tile, float *y) {
+  if (w->trellises)
+    exact_rows_of_tile_avx2(1, w, a, tile, y);
+  else
+    exact_rows_of_tile_avx2(0, w, a, tile, y);
 }
 
 static AVX2 void quantize_avx2(const float *x, int words, int8_t *q, float *scale, int32_t *sum) {
@@ -528,28 +790,50 @@ INLINE AVX2 __m256i int8_dot_avx2(const uint32_t *data, int stride, int words, c
 }
 
 static AVX2 void int8_tile_avx2(const Weight *w, const Activations *a, int64_t tile, float *y) {
-  for (int t = 0; t < a->tokens; t++)
-    for (int first = 0; first < w->tile; first += 8, y += 8) {
-      __m256 total = _mm256_setzero_ps();
-      for (int i = 0; i < w->groups; i++) {
-        const Group *g = w->group + i;
+  Planes planes;
+  for (int first = 0; first < w->tile; first += 32) {
+    __m256 total[TOKENS][4];
+    for (int j = 0; j < 4 * a->tokens; j++) total[j / 4][j % 4] = _mm256_setzero_ps();
+    for (int i = 0; i < w->groups; i++) {
+      const Group *g = w->group + i;
+      __m256i dot[TOKENS][MAX_PLANES][4];
+      for (int begin = 0, end; begin < g->words; begin = end) {
+        end = take_words(expand_avx2, w, tile, g, first, 32, begin, &planes);
+        for (int t = 0; t < a->tokens; t++) {
+          const int8_t *q = a->q + ((int64_t)t * w->words + g->first_word + begin) * WORD;
+          for (int p = 0; p < g->planes; p++)
+            for (int r = 0; r < 4; r++) {
+              const __m256i part = int8_dot_avx2(planes.data[p] + 8 * r, planes.stride[p],
+                                                 end - begin, q);
+              dot[t][p][r] = begin ? _mm256_add_epi32(dot[t][p][r], part) : part;
+            }
+        }
+      }
+      for (int t = 0; t < a->tokens; t++) {
         const int at = t * w->groups + i;
-        const int8_t *q = a->q + ((int64_t)t * w->words + g->first_word) * WORD;
+        const __m256 q_scale = _mm256_set1_ps(a->q_scale[at]);
+        const __m256i q_sum = _mm256_set1_epi32(a->q_sum[at]);
         for (int p = 0; p < g->planes; p++) {
-          const __m256i dot =
-              int8_dot_avx2(plane_words(w, tile, g, p) + first, w->tile, g->words, q);
-          const __m256i twice =
-              _mm256_sub_epi32(_mm256_slli_epi32(dot, 1), _mm256_set1_epi32(a->q_sum[at]));
-          const __m256 s = _mm256_mul_ps(scales_avx2(scales_of(w, tile, scale_slot(g, p)) + first),
-                                         _mm256_set1_ps(plane_factor(g, p) * a->q_scale[at]));
-          total = _mm256_fmadd_ps(s, _mm256_cvtepi32_ps(twice), total);
+          const uint16_t *scale = scales_of(w, tile, scale_slot(g, p)) + first;
+          const __m256 factor = _mm256_set1_ps(g->factor[p]);
+          for (int r = 0; r < 4; r++) {
+            const __m256i twice = _mm256_sub_epi32(_mm256_slli_epi32(dot[t][p][r], 1), q_sum);
+            const __m256 s =
+                _mm256_mul_ps(_mm256_mul_ps(scales_avx2(scale + 8 * r), factor), q_scale);
+            total[t][r] = _mm256_fmadd_ps(s, _mm256_cvtepi32_ps(twice), total[t][r]);
+          }
         }
         if (g->offset >= 0)
-          total = _mm256_fmadd_ps(scales_avx2(scales_of(w, tile, g->offset) + first),
-                                  _mm256_set1_ps(a->sum[at]), total);
+          for (int r = 0; r < 4; r++)
+            total[t][r] =
+                _mm256_fmadd_ps(scales_avx2(scales_of(w, tile, g->offset) + first + 8 * r),
+                                _mm256_set1_ps(a->sum[at]), total[t][r]);
       }
-      _mm256_storeu_ps(y, total);
     }
+    for (int t = 0; t < a->tokens; t++)
+      for (int r = 0; r < 4; r++)
+        _mm256_storeu_ps(y + t * w->tile + first + 8 * r, total[t][r]);
+  }
 }
 
 /* A gather: one or two planes would fit a permute, but this only feeds matrix products. */
@@ -625,27 +909,158 @@ INLINE AVX512 void lookup_avx512(const int T, const int R, const uint32_t *data,
   }
 }
 
-INLINE AVX512 void exact_rows_avx512(const int T, const int R, const Weight *w,
-                                     const Activations *a, int64_t tile, int first, float *y) {
-  __m512 total[4][4];
+DEFINE_SIGNS(signs_of_place_avx512, __m512i, AVX512)
+
+typedef struct {
+  int pair_0, pairs, singles;
+  int pair[EDGE], single[EDGE];
+} Taps;
+
+/* The taps of a path as pairs of neighbours, if plane 0 is the path a row ago, and the others. */
+INLINE Taps taps_of(const Group *g) {
+  Taps found;
+  found.pair_0 = g->delay == 1 && (g->path & 3) == 3;
+  found.pairs = found.singles = 0;
+  for (int left = g->path & (found.pair_0 ? ~3 : ~1); left;) {
+    const int i = __builtin_ctz((unsigned)left);
+    const int pair = g->delay == 1 && left >> (i + 1) & 1;
+    if (pair)
+      found.pair[found.pairs++] = i;
+    else
+      found.single[found.singles++] = i;
+    left &= ~((pair ? 3 : 1) << i);
+  }
+  return found;
+}
+
+/* `filter` for R registers of rows, the last before them at `above`, or NULL. Neighbouring taps are
+ * one of the path XOR the path a row ago, `two`, which costs nothing where that is plane 0. Every
+ * second register is shifted by permutes, the others by loads that cross cache lines, because those
+ * have ports of their own. */
+INLINE AVX512 void filter_avx512(const int R, const int pairs, const int singles, const int pair_0,
+                                 const int planes, const Filter *f, const Taps *taps,
+                                 const uint32_t *above) {
+  const __m512i lane =
+      _mm512_setr_epi32(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
+  const __m512i late = _mm512_sub_epi32(lane, _mm512_set1_epi32(f->delay));
+  __m512i pair[EDGE], single[EDGE];
+  for (int i = 0; i < pairs; i++)
+    pair[i] = _mm512_sub_epi32(lane, _mm512_set1_epi32(taps->pair[i]));
+  for (int i = 0; i < singles; i++)
+    single[i] = _mm512_sub_epi32(lane, _mm512_set1_epi32(taps->single[i]));
+  const uint32_t *path = f->path, *others = f->others;
+  uint32_t *made = f->made;
+  for (int word = 0; word < f->words; word++) {
+    __m512i before = above ? _mm512_loadu_si512(above) : _mm512_setzero_si512();
+    /* its first lane is wrong, and too far above */
+    __m512i two_before = _mm512_xor_si512(before, _mm512_permutex2var_epi32(before, late, before));
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      const uint32_t *u = path + 16 * r;
+      const __m512i here = _mm512_loadu_si512(u);
+      __builtin_prefetch(u + CHUNK * f->stride);
+      __m512i bits[4], part[EDGE + 1];
+      bits[0] = r % 2 ? _mm512_loadu_si512(u - f->delay)
+                      : _mm512_permutex2var_epi32(before, late, here);
+      const __m512i two = _mm512_xor_si512(here, bits[0]);
+      part[0] = pair_0 ? two : here;
+#pragma GCC unroll 4
+      for (int i = 0; i < pairs; i++)
+        part[1 + i] = _mm512_permutex2var_epi32(two_before, pair[i], two);
+#pragma GCC unroll 8
+      for (int i = 0; i < singles; i++)
+        part[1 + pairs + i] = r % 2 ? _mm512_loadu_si512(u - taps->single[i])
+                                    : _mm512_permutex2var_epi32(before, single[i], here);
+      bits[1] = part[0];
+#pragma GCC unroll 8
+      for (int i = 1; i < pairs + singles; i += 2)
+        bits[1] = _mm512_ternarylogic_epi32(bits[1], part[i], part[i + 1], 0x96); /* XOR */
+      if ((pairs + singles) % 2) bits[1] = _mm512_xor_si512(bits[1], part[pairs + singles]);
+#pragma GCC unroll 2
+      for (int p = 2; p < planes; p++) {
+        const uint32_t *stored = others + (p - 2) * f->plane + 16 * r;
+        bits[p] = _mm512_loadu_si512(stored);
+        __builtin_prefetch(stored + CHUNK * f->stride);
+      }
+      signs_of_place_avx512(planes, bits);
+#pragma GCC unroll 4
+      for (int p = 0; p < planes; p++)
+        _mm512_storeu_si512(made + p * CHUNK * MAX_TILE + 16 * r, bits[p]);
+      before = here, two_before = two;
+    }
+    path += f->stride, others += f->stride, made += f->made_stride;
+    if (above) above += f->stride;
+  }
+}
+
+INLINE AVX512 void filter_planes_avx512(const int R, const int planes, const Group *g,
+                                        const Filter *f, const uint32_t *above) {
+  const Taps taps = taps_of(g);
+  switch (taps.pair_0 << 8 | taps.pairs << 4 | taps.singles) { /* those of trellis.py */
+    case 0x001: filter_avx512(R, 0, 1, 0, planes, f, &taps, above); break;
+    case 0x002: filter_avx512(R, 0, 2, 0, planes, f, &taps, above); break;
+    case 0x020: filter_avx512(R, 2, 0, 0, planes, f, &taps, above); break;
+    case 0x111: filter_avx512(R, 1, 1, 1, planes, f, &taps, above); break;
+    case 0x112: filter_avx512(R, 1, 2, 1, planes, f, &taps, above); break;
+    case 0x113: filter_avx512(R, 1, 3, 1, planes, f, &taps, above); break;
+    default: filter_avx512(R, taps.pairs, taps.singles, taps.pair_0, planes, f, &taps, above);
+  }
+}
+
+static __attribute__((noinline)) AVX512 void expand_avx512(const Weight *w, int64_t tile,
+                                                           const Group *g, int first, int rows,
+                                                           int begin, int end, Planes *to) {
+  const Filter f = filter_of(w, tile, g, first, rows, begin, end, to);
+  const uint32_t *above = f.path - EDGE;
+  if (!first) above = tile ? f.path - (int64_t)w->stream * w->tile + w->tile - EDGE : NULL;
+  const int planes = planes_made(g);
+  if (rows == 64 && planes == 2)
+    filter_planes_avx512(4, 2, g, &f, above);
+  else if (rows == 64 && planes == 3)
+    filter_planes_avx512(4, 3, g, &f, above);
+  else if (rows == 64)
+    filter_planes_avx512(4, 4, g, &f, above);
+  else if (planes == 2)
+    filter_planes_avx512(2, 2, g, &f, above);
+  else if (planes == 3)
+    filter_planes_avx512(2, 3, g, &f, above);
+  else
+    filter_planes_avx512(2, 4, g, &f, above);
+}
+
+INLINE AVX512 void exact_rows_avx512(const int trellises, const int T, const int R,
+                                     const Weight *w, const Activations *a, int64_t tile,
+                                     int first, float *y) {
+  Planes planes;
+  __m512 total[4][4], kept[MAX_PLANES][4][4]; /* of the words before */
   for (int t = 0; t < T; t++)
     for (int r = 0; r < R; r++) total[t][r] = _mm512_setzero_ps();
   for (int i = 0; i < w->groups; i++) {
     const Group *g = w->group + i;
-    for (int p = 0; p < g->planes; p++) {
-      const uint32_t *data = plane_words(w, tile, g, p) + first;
-      const float *table = a->table + (int64_t)g->first_word * LOOKUPS * T * 16;
-      __m512 acc[4][4];
-      for (int t = 0; t < T; t++)
-        for (int r = 0; r < R; r++) acc[t][r] = _mm512_setzero_ps();
-      for (int word = 1; word < g->words; word++, data += w->tile, table += LOOKUPS * T * 16)
-        lookup_avx512(T, R, data, table, LOOKUPS, acc);
-      lookup_avx512(T, R, data, table, last_lookups(g, WORD, 4), acc);
-      const __m512 factor = _mm512_set1_ps(plane_factor(g, p));
-      for (int r = 0; r < R; r++) {
-        const __m512 s = _mm512_mul_ps(
-            scales_avx512(scales_of(w, tile, scale_slot(g, p)) + first + 16 * r), factor);
-        for (int t = 0; t < T; t++) total[t][r] = _mm512_fmadd_ps(s, acc[t][r], total[t][r]);
+    for (int begin = 0, end; begin < g->words; begin = end) {
+      end = g->words;
+      if (trellises) end = take_words(expand_avx512, w, tile, g, first, 16 * R, begin, &planes);
+      for (int p = 0; p < g->planes; p++) {
+        const uint32_t *data = trellises ? planes.data[p] : plane_words(w, tile, g, p) + first;
+        const int stride = trellises ? planes.stride[p] : w->tile, last = end == g->words;
+        const float *table = a->table + (int64_t)(g->first_word + begin) * LOOKUPS * T * 16;
+        __m512 acc[4][4];
+        for (int t = 0; t < T; t++)
+          for (int r = 0; r < R; r++) acc[t][r] = begin ? kept[p][t][r] : _mm512_setzero_ps();
+        for (int word = begin; word < end - last; word++, data += stride, table += LOOKUPS * T * 16)
+          lookup_avx512(T, R, data, table, LOOKUPS, acc);
+        if (!last) {
+          for (int t = 0; t < T; t++)
+            for (int r = 0; r < R; r++) kept[p][t][r] = acc[t][r];
+          continue;
+        }
+        lookup_avx512(T, R, data, table, last_lookups(g, WORD, 4), acc);
+        const __m512 factor = _mm512_set1_ps(g->factor[p]);
+        for (int r = 0; r < R; r++) {
+          const __m512 s = _mm512_mul_ps(
+              scales_avx512(scales_of(w, tile, scale_slot(g, p)) + first + 16 * r), factor);
+          for (int t = 0; t < T; t++) total[t][r] = _mm512_fmadd_ps(s, acc[t][r], total[t][r]);
+        }
       }
     }
     if (g->offset >= 0)
@@ -660,15 +1075,23 @@ INLINE AVX512 void exact_rows_avx512(const int T, const int R, const Weight *w,
     for (int r = 0; r < R; r++) _mm512_storeu_ps(y + t * w->tile + first + 16 * r, total[t][r]);
 }
 
-static AVX512 void exact_tile_avx512(const Weight *w, const Activations *a, int64_t tile,
-                                     float *y) {
+INLINE AVX512 void exact_rows_of_tile_avx512(const int trellises, const Weight *w,
+                                             const Activations *a, int64_t tile, float *y) {
   if (a->tokens == TOKENS)
     for (int first = 0; first < w->tile; first += 32)
-      exact_rows_avx512(TOKENS, 2, w, a, tile, first, y);
+      exact_rows_avx512(trellises, TOKENS, 2, w, a, tile, first, y);
   else if (w->tile == 64)
-    exact_rows_avx512(1, 4, w, a, tile, 0, y);
+    exact_rows_avx512(trellises, 1, 4, w, a, tile, 0, y);
   else
-    exact_rows_avx512(1, 2, w, a, tile, 0, y);
+    exact_rows_avx512(trellises, 1, 2, w, a, tile, 0, y);
+}
+
+static AVX512 void exact_tile_avx512(const Weight *w, const Activations *a, int64_t tile,
+                                     float *y) {
+  if (w->trellises)
+    exact_rows_of_tile_avx512(1, w, a, tile, y);
+  else
+    exact_rows_of_tile_avx512(0, w, a, tile, y);
 }
 
 INLINE VNNI __m512i dot_vnni(__m512i acc, __m512i bits, __m512i q) {
@@ -737,30 +1160,47 @@ INLINE AVX512 __m512i four_columns(const int8_t *q) {
     }                                                                                              \
   }                                                                                                \
                                                                                                    \
-  INLINE TARGET void int8_rows_##SUFFIX(const int T, const int R, const Weight *w,                 \
-                                        const Activations *a, int64_t tile, int first, float *y) { \
+  INLINE TARGET void int8_rows_##SUFFIX(const int trellises, const int T, const int R,             \
+                                        const Weight *w, const Activations *a, int64_t tile,       \
+                                        int first, float *y) {                                     \
     const int64_t token_q = (int64_t)w->words * WORD;                                              \
+    Planes planes;                                                                                 \
     __m512 total[16];                                                                              \
     for (int i = 0; i < T * R; i++) total[i] = _mm512_setzero_ps();                                \
     for (int i = 0; i < w->groups; i++) {                                                          \
       const Group *g = w->group + i;                                                               \
-      const int8_t *q = a->q + (int64_t)g->first_word * WORD;                                      \
-      for (int p = 0; p < g->planes; p++) {                                                        \
-        const uint32_t *data = plane_words(w, tile, g, p) + first;                                 \
-        __m512i sum[16];                                                                           \
-        if (T == 1)                                                                                \
-          int8_one_##SUFFIX(R, data, w->tile, g->words, q, sum);                                   \
-        else                                                                                       \
-          int8_many_##SUFFIX(T, R, data, w->tile, g->words, q, token_q, sum);                      \
-        for (int t = 0; t < T; t++) {                                                              \
-          const int at = t * w->groups + i;                                                        \
-          const __m512 factor = _mm512_set1_ps(plane_factor(g, p) * a->q_scale[at]);               \
-          const __m512i q_sum = _mm512_set1_epi32(a->q_sum[at]);                                   \
-          for (int r = 0; r < R; r++) {                                                            \
-            const __m512 s = scales_avx512(scales_of(w, tile, scale_slot(g, p)) + first + 16 * r); \
-            const __m512i signs = _mm512_sub_epi32(_mm512_slli_epi32(sum[t * R + r], 1), q_sum);   \
-            total[t * R + r] = _mm512_fmadd_ps(_mm512_mul_ps(s, factor),                           \
-                                               _mm512_cvtepi32_ps(signs), total[t * R + r]);       \
+      __m512i kept[MAX_PLANES][16]; /* of the words before */                                      \
+      for (int begin = 0, end; begin < g->words; begin = end) {                                    \
+        const int8_t *q = a->q + (int64_t)(g->first_word + begin) * WORD;                          \
+        end = g->words;                                                                            \
+        if (trellises) end = take_words(expand_avx512, w, tile, g, first, 16 * R, begin, &planes); \
+        for (int p = 0; p < g->planes; p++) {                                                      \
+          const uint32_t *data = trellises ? planes.data[p] : plane_words(w, tile, g, p) + first;  \
+          const int stride = trellises ? planes.stride[p] : w->tile;                               \
+          __m512i sum[16];                                                                         \
+          if (T == 1)                                                                              \
+            int8_one_##SUFFIX(R, data, stride, end - begin, q, sum);                               \
+          else                                                                                     \
+            int8_many_##SUFFIX(T, R, data, stride, end - begin, q, token_q, sum);                  \
+          if (begin)                                                                               \
+            for (int j = 0; j < T * R; j++) sum[j] = _mm512_add_epi32(sum[j], kept[p][j]);         \
+          if (end < g->words) {                                                                    \
+            for (int j = 0; j < T * R; j++) kept[p][j] = sum[j];                                   \
+            continue;                                                                              \
+          }                                                                                        \
+          const __m512 factor = _mm512_set1_ps(g->factor[p]);                                      \
+          for (int t = 0; t < T; t++) {                                                            \
+            const int at = t * w->groups + i;                                                      \
+            const __m512 q_scale = _mm512_set1_ps(a->q_scale[at]);                                 \
+            const __m512i q_sum = _mm512_set1_epi32(a->q_sum[at]);                                 \
+            for (int r = 0; r < R; r++) {                                                          \
+              const __m512 s = _mm512_mul_ps(                                                      \
+                  scales_avx512(scales_of(w, tile, scale_slot(g, p)) + first + 16 * r), factor);   \
+              const __m512i signs =                                                                \
+                  _mm512_sub_epi32(_mm512_slli_epi32(sum[t * R + r], 1), q_sum);                   \
+              total[t * R + r] = _mm512_fmadd_ps(_mm512_mul_ps(s, q_scale),                        \
+                                                 _mm512_cvtepi32_ps(signs), total[t * R + r]);     \
+            }                                                                                      \
           }                                                                                        \
         }                                                                                          \
       }                                                                                            \
@@ -778,15 +1218,23 @@ INLINE AVX512 __m512i four_columns(const int8_t *q) {
         _mm512_storeu_ps(y + t * w->tile + first + 16 * r, total[t * R + r]);                      \
   }                                                                                                \
                                                                                                    \
-  static TARGET void int8_tile_##SUFFIX(const Weight *w, const Activations *a, int64_t tile,       \
-                                        float *y) {                                                \
+  INLINE TARGET void int8_rows_of_tile_##SUFFIX(const int trellises, const Weight *w,              \
+                                                const Activations *a, int64_t tile, float *y) {    \
     if (a->tokens == TOKENS)                                                                       \
       for (int first = 0; first < w->tile; first += 32)                                            \
-        int8_rows_##SUFFIX(TOKENS, 2, w, a, tile, first, y);                                       \
+        int8_rows_##SUFFIX(trellises, TOKENS, 2, w, a, tile, first, y);                            \
     else if (w->tile == 64)                                                                        \
-      int8_rows_##SUFFIX(1, 4, w, a, tile, 0, y);                                                  \
+      int8_rows_##SUFFIX(trellises, 1, 4, w, a, tile, 0, y);                                       \
     else                                                                                           \
-      int8_rows_##SUFFIX(1, 2, w, a, tile, 0, y);                                                  \
+      int8_rows_##SUFFIX(trellises, 1, 2, w, a, tile, 0, y);                                       \
+  }                                                                                                \
+                                                                                                   \
+  static TARGET void int8_tile_##SUFFIX(const Weight *w, const Activations *a, int64_t tile,       \
+                                        float *y) {                                                \
+    if (w->trellises)                                                                              \
+      int8_rows_of_tile_##SUFFIX(1, w, a, tile, y);                                                \
+    else                                                                                           \
+      int8_rows_of_tile_##SUFFIX(0, w, a, tile, y);                                                \
   }
 
 DEFINE_INT8_AVX512(vnni, VNNI, dot_vnni)
@@ -815,7 +1263,7 @@ INLINE AVX512 __m256i code_values_16_bits(const Weight *w, const Group *g, int64
   const uint16_t *offset = g->offset < 0 ? NULL : scales_of(w, tile, g->offset) + lane;
   __m512 value = _mm512_set1_ps(offset ? half_to_float(*offset) : 0.0f);
   for (int p = 0; p < g->planes; p++) {
-    const float s = half_to_float(scales_of(w, tile, scale_slot(g, p))[lane]) * plane_factor(g, p);
+    const float s = half_to_float(scales_of(w, tile, scale_slot(g, p))[lane]) * g->factor[p];
     value = _mm512_add_ps(value, signed_lanes(s, p));
   }
   if (dtype == FLOAT16) return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
@@ -830,14 +1278,15 @@ static AVX512 void decode_row_16_bits(const Weight *w, int64_t row, int dtype, u
   const int64_t tile = row / w->tile, lane = row % w->tile;
   for (int i = 0; i < w->groups; i++) {
     const Group *g = w->group + i;
-    const uint32_t *data = plane_words(w, tile, g, 0) + lane;
-    const int64_t plane = (int64_t)g->words * w->tile;
+    Row stored;
+    find_row(w, g, tile, lane, &stored);
     const __m512i values = _mm512_castsi256_si512(code_values_16_bits(w, g, tile, lane, dtype));
-    for (int left = g->columns; left > 0; left -= WORD, data += w->tile) {
+    for (int word = 0, left = g->columns; left > 0; word++, left -= WORD) {
+      uint32_t bits[MAX_PLANES];
+      row_planes(w, g, &stored, word, bits);
       __m512i code = _mm512_setzero_si512();
       for (int p = 0; p < g->planes; p++)
-        code =
-            _mm512_mask_add_epi16(code, data[p * plane], code, _mm512_set1_epi16((short)(1 << p)));
+        code = _mm512_mask_add_epi16(code, bits[p], code, _mm512_set1_epi16((short)(1 << p)));
       const int count = left < WORD ? left : WORD;
       const __mmask32 kept = count < WORD ? (1u << count) - 1 : UINT32_MAX;
       _mm512_mask_storeu_epi16(out, kept, _mm512_permutexvar_epi16(code, values));
@@ -984,10 +1433,9 @@ INLINE void lookup_neon(const int digits, const uint32_t *data, int stride, int 
   }
 }
 
-/* dot [32 rows]: a plane of a group times x, in units of the group. */
+/* dot [32 rows]: to it is added a plane of a group times x, in units of the group. */
 INLINE void dot_neon(const int digits, const int bits, const uint32_t *data, int stride, int words,
                      const uint8_t *table, float32x4_t dot[8]) {
-  for (int i = 0; i < 8; i++) dot[i] = vdupq_n_f32(0);
   for (int begin = 0; begin < words; begin += BLOCK) {
     const int count = words - begin < BLOCK ? words - begin : BLOCK;
     uint16x8_t sum[4][2][2];
@@ -1011,21 +1459,27 @@ INLINE float32x4_t scales_neon(const uint16_t *scale) {
 
 INLINE void tile_neon(const int digits, const int bits, const Weight *w, const Activations *a,
                       int64_t tile, float *y) {
+  Planes planes;
   for (int t = 0; t < a->tokens; t++)
     for (int first = 0; first < w->tile; first += 32, y += 32) {
-      float32x4_t total[8], dot[8];
+      float32x4_t total[8], dot[MAX_PLANES][8];
       for (int i = 0; i < 8; i++) total[i] = vdupq_n_f32(0);
       for (int i = 0; i < w->groups; i++) {
         const Group *g = w->group + i;
-        const int64_t word = (int64_t)t * w->words + g->first_word;
-        const uint8_t *table = (const uint8_t *)a->table + word * LOOKUPS * digits * 16;
+        for (int r = 0; r < 8 * g->planes; r++) dot[r / 8][r % 8] = vdupq_n_f32(0);
+        for (int begin = 0, end; begin < g->words; begin = end) {
+          const int64_t word = (int64_t)t * w->words + g->first_word + begin;
+          const uint8_t *table = (const uint8_t *)a->table + word * LOOKUPS * digits * 16;
+          end = take_words(expand_portable, w, tile, g, first, 32, begin, &planes);
+          for (int p = 0; p < g->planes; p++)
+            dot_neon(digits, bits, planes.data[p], planes.stride[p], end - begin, table, dot[p]);
+        }
         for (int p = 0; p < g->planes; p++) {
-          dot_neon(digits, bits, plane_words(w, tile, g, p) + first, w->tile, g->words, table, dot);
           const uint16_t *scale = scales_of(w, tile, scale_slot(g, p)) + first;
           for (int r = 0; r < 8; r++)
             total[r] =
-                vfmaq_f32(total[r], vmulq_n_f32(scales_neon(scale + 4 * r), plane_factor(g, p)),
-                          vmulq_n_f32(dot[r], a->q_scale[t * w->groups + i]));
+                vfmaq_f32(total[r], vmulq_n_f32(scales_neon(scale + 4 * r), g->factor[p]),
+                          vmulq_n_f32(dot[p][r], a->q_scale[t * w->groups + i]));
         }
         if (g->offset >= 0)
           for (int r = 0; r < 8; r++)
@@ -1141,7 +1595,7 @@ EXPORT void pbq_repack(const Weight *w, const uint8_t *stored, uint32_t *out, in
     uint32_t *to = out + row / w->tile * w->stream * w->tile + row % w->tile;
     for (int i = 0; i < w->groups; i++) {
       const Group *g = w->group + i;
-      for (int p = 0; p < g->planes; p++)
+      for (int p = 0; p < g->stored; p++)
         for (int word = 0; word < g->words; word++, to += w->tile) {
           const int begin = word * w->word_columns;
           const int count =
@@ -1175,7 +1629,7 @@ EXPORT int pbq_unpack(const Weight *w, const int64_t *row, int64_t count, uint8_
     memset(to, 0, (size_t)w->row_bytes);
     for (int j = 0; j < w->groups; j++) {
       const Group *g = w->group + j;
-      for (int p = 0; p < g->planes; p++)
+      for (int p = 0; p < g->stored; p++)
         for (int word = 0; word < g->words; word++, from += w->tile)
           store_bits(to, w->row_bytes, g->bit + p * g->plane_bits + word * w->word_columns, *from);
     }

@@ -18,12 +18,15 @@ import torch
 from torch import Tensor
 
 from pbq_kernels.layout import (
+    MAX_PLANES,
     PackedWeight,
     Tier,
     WeightLayout,
     check_tensors,
     overlay_positions,
+    stored_scales,
 )
+from pbq_kernels.trellis import POLYNOMIALS
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +69,9 @@ class _Group(ctypes.Structure):
         ("bit", ctypes.c_int64),
         ("plane_bits", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("columns", "words", "first_word", "stream")),
-        *((name, ctypes.c_int32) for name in ("planes", "tied", "scale", "offset")),
+        *((name, ctypes.c_int32) for name in ("stored", "planes", "tied", "scale", "offset")),
+        *((name, ctypes.c_int32) for name in ("path", "delay", "uneven")),
+        ("factor", ctypes.c_float * MAX_PLANES),
     )
 
 
@@ -77,7 +82,7 @@ class _Weight(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("n", "k", "row_bytes")),
         *((name, ctypes.c_int32) for name in ("tile", "groups", "words")),
         *((name, ctypes.c_int32) for name in ("stream", "slots", "word_columns")),
-        ("variant", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("variant", "trellises")),
         *((name, ctypes.c_void_p) for name in ("group", "data", "scale", "column", "column_scale")),
         *((f"overlay_{name}", ctypes.c_void_p) for name in ("start", "column", "delta")),
     )
@@ -176,7 +181,7 @@ class CpuWeight:
     variant: str
     n: int
     k: int
-    bits: int  # plane bits: n times the sum of planes over the columns
+    bits: int  # plane bits that are looked up: n times the sum of planes over the columns
     whole: _Part
     data: Tensor  # int32 [tiles, stream, tile]
     scale: Tensor  # float16 [tiles, slots, tile]
@@ -234,7 +239,7 @@ def repack(pw: PackedWeight, library: ctypes.CDLL, variant: int) -> CpuWeight:
     array = (_Group * len(groups))(*groups)
     column, column_scale = _positions(pw, groups, columns_per_word)
     scale = _tiled_scales(pw, tile)
-    stream = groups[-1].stream + groups[-1].planes * groups[-1].words
+    stream = groups[-1].stream + groups[-1].stored * groups[-1].words
     data = torch.empty(math.ceil(layout.n / tile), stream, tile, dtype=torch.int32)
     struct = _Weight(
         n=layout.n,
@@ -247,6 +252,7 @@ def repack(pw: PackedWeight, library: ctypes.CDLL, variant: int) -> CpuWeight:
         slots=scale.shape[1],
         word_columns=columns_per_word,
         variant=variant,
+        trellises=layout.has_trellis,
         group=ctypes.addressof(array),
         data=data.data_ptr(),
         scale=scale.data_ptr(),
@@ -257,7 +263,7 @@ def repack(pw: PackedWeight, library: ctypes.CDLL, variant: int) -> CpuWeight:
     library.pbq_repack(
         ctypes.byref(struct), stored.data_ptr(), data.data_ptr(), torch.get_num_threads()
     )
-    bits = layout.n * sum(tier.planes * tier.columns for tier in layout.tiers)
+    bits = layout.n * sum(tier.depth * tier.columns for tier in layout.tiers)
     whole = _Part(struct, array, pw.permutation())
     name = variants(library)[variant]
     weight = CpuWeight(
@@ -292,6 +298,8 @@ def _groups(layout: WeightLayout, columns_per_word: int) -> list[_Group]:
     byte = word = stream = scale = 0
     offset = sum(tier.scales for tier in layout.tiers)  # slots of offsets follow those of scales
     for tier in layout.tiers:
+        h1, h0 = POLYNOMIALS[tier.trellis] if tier.trellis else (0, 1)
+        factors = tier.weights if tier.tied else (1,) * tier.depth
         for g in range(tier.groups):
             begin, columns = _group_span(tier, g)
             words = math.ceil(columns / columns_per_word)
@@ -303,10 +311,15 @@ def _groups(layout: WeightLayout, columns_per_word: int) -> list[_Group]:
                     words=words,
                     first_word=word,
                     stream=stream,
-                    planes=tier.planes,
+                    stored=tier.planes,
+                    planes=tier.depth,
                     tied=tier.tied,
                     scale=scale,
                     offset=offset if tier.offset else -1,
+                    path=h1,
+                    delay=h0.bit_length() - 1,
+                    uneven=tier.uneven,
+                    factor=(ctypes.c_float * MAX_PLANES)(*factors),
                 )
             )
             word += words
@@ -350,7 +363,8 @@ def _positions(
 def _tiled_scales(pw: PackedWeight, tile: int) -> Tensor:
     """Scales, then offsets, float16 [tiles, slots, tile]; zero past the last row."""
     n = pw.layout.n
-    parts = [pw.tensors[name] for name in ("scale", "offset") if name in pw.tensors]
+    parts = [stored_scales(pw.tensors).half()] if "scale" in pw.tensors else []
+    parts += [pw.tensors["offset"]] if "offset" in pw.tensors else []
     slots = sum(part.shape[1] for part in parts)
     padded = torch.zeros(math.ceil(n / tile) * tile, slots, dtype=torch.float16)
     if parts:

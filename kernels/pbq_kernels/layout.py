@@ -198,12 +198,12 @@ class WeightLayout:
 
     @property
     def is_plain(self) -> bool:
-        """Whether kernels take it as it is."""
+        """Whether every backend takes it as it is."""
         return self.scale_bits == 16 and not self.has_trellis
 
     def plain(self) -> WeightLayout:
-        """The layout of the same weight as kernels take it: what a trellis makes is stored as well,
-        scales are float16, one a plane where levels are uneven.
+        """The layout of the same weight as every backend takes it: what a trellis makes is stored
+        too, scales are float16, one a plane where levels are uneven.
         """
         tiers = (
             dataclasses.replace(

@@ -175,6 +175,8 @@ def why_not(layout: WeightLayout) -> str | None:
     """Why these kernels cannot serve the layout, or None."""
     if layout.rank:
         return "they multiply with one factor at a time"
+    if not layout.is_plain:
+        return "they take the plain form of trellises and of scales in a byte"
     for i, tier in enumerate(layout.tiers):
         least = FLUSHES[-1] * STEP
         if tier.groups > 1 and 2 * tier.group_size < least:

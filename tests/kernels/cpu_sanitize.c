@@ -9,6 +9,7 @@
 
 typedef struct {
   int planes, columns, group_size, tied, offset;
+  int path, delay, uneven; /* of a trellis, which makes one plane more */
 } Tier;
 
 typedef struct {
@@ -43,13 +44,19 @@ static int add_groups(Weight *w, Group *groups, const Tier *tiers, int count) {
       g->words = (g->columns + w->word_columns - 1) / w->word_columns;
       g->first_word = w->words;
       g->stream = w->stream;
-      g->planes = tiers[t].planes;
+      g->stored = tiers[t].planes;
+      g->planes = tiers[t].planes + (tiers[t].path != 0);
       g->tied = tiers[t].tied;
+      g->path = tiers[t].path;
+      g->delay = tiers[t].delay;
+      g->uneven = tiers[t].uneven;
+      for (int p = 0; p < g->planes; p++)
+        g->factor[p] = g->uneven ? 13 + 6 * p : g->tied ? 1 << p : 1;
       g->scale = w->slots;
-      w->slots += g->planes == 0 ? 0 : g->tied ? 1 : g->planes;
+      w->slots += g->stored == 0 ? 0 : g->tied ? 1 : g->stored;
       g->offset = tiers[t].offset ? w->slots++ : -1;
       w->words += g->words;
-      w->stream += g->planes * g->words;
+      w->stream += g->stored * g->words;
       if (left <= tiers[t].group_size)
         byte += ((int64_t)tiers[t].planes * tiers[t].columns + 7) / 8;
     }
@@ -74,7 +81,10 @@ static void run(const Case *c, int index, int threads, float last, float *y, flo
   Group groups[GROUPS] = {0};
   Weight w = {.n = n, .variant = index, .tile = n > 64 ? 64 : 32};
   w.word_columns = pbq_variant_word_columns(index);
-  for (int t = 0; t < c->count; t++) w.k += c->tiers[t].columns;
+  for (int t = 0; t < c->count; t++) {
+    w.k += c->tiers[t].columns;
+    w.trellises |= c->tiers[t].path != 0;
+  }
   w.groups = add_groups(&w, groups, c->tiers, c->count);
   w.group = exactly(groups, sizeof(Group) * w.groups);
   const int64_t tiles = (n + w.tile - 1) / w.tile, element = size_of(dtype);
@@ -133,7 +143,7 @@ static void run(const Case *c, int index, int threads, float last, float *y, flo
 }
 
 #define MOST_SUMS (33 * 37)
-#define MOST_WEIGHTS (130 * 2100)
+#define MOST_WEIGHTS (130 * 2198)
 
 static float y[MOST_SUMS], expected[MOST_SUMS], other[MOST_SUMS];
 static float dense[MOST_WEIGHTS], expected_dense[MOST_WEIGHTS];
@@ -177,6 +187,11 @@ int main(void) {
       {{7, 31, 31, 0, 1}},
       {{2, 360, 90, 1, 0}, {3, 640, 640, 0, 0}},
       {{1, 2100, 2100, 0, 0}},
+      /* trellises of every number of taps; more words than are expanded at once */
+      {{1, 2100, 2100, 1, 0, 015107, 1, 1},
+       {3, 65, 65, 1, 1, 03047, 1, 1},
+       {7, 33, 33, 1, 0, 05, 1}},
+      {{1, 40, 40, 1, 0, 023, 2}, {3, 700, 500, 1, 0, 0147, 1}, {2, 1100, 700, 1, 1, 0615, 1, 1}},
   };
   static const int64_t SHAPES[][2] = {{1, 4}, {31, 1}, {33, 37}, {65, 3}, {130, 5}};
   static const int THREADS[] = {1, 2, 5}; /* alone, x for each, x shared */

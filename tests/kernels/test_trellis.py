@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pbq_kernels import dequant_matmul, paths
+import pbq_kernels
+from pbq_kernels import BACKENDS, dequant_matmul, paths, select
 from pbq_kernels.layout import (
     PackedFormatError,
     PackedWeight,
@@ -230,6 +231,7 @@ def test_polynomials_are_what_the_compiled_search_needs() -> None:
     for memory, (h1, h0) in POLYNOMIALS.items():
         assert h1 & 1 and h1 >> memory == 1
         assert not h0 & 1 and not h0 >> memory
+        assert memory < 16  # EDGE of cpu.c, which reads so many rows above a tile
 
 
 @needs_compiler
@@ -346,6 +348,51 @@ def test_every_backend_multiplies_with_it(backend: str, uneven: bool, m: int) ->
     y, expected = dequant_matmul(x, pw, backend), x @ dequantize(pw).T
     tolerance = 0.02 if backend == "cpu-int8" else 1e-5
     assert (y - expected).norm() < tolerance * expected.norm()
+
+
+class PlainOnly:
+    """A backend that takes the plain form alone, and gives its planes back."""
+
+    name = "plain only"
+
+    def why_not(self, layout: WeightLayout, device: torch.device) -> str | None:
+        return None if layout.is_plain else "it takes the plain form"
+
+    def prepare(self, pw: PackedWeight) -> PackedWeight:
+        assert pw.layout.is_plain
+        return pw
+
+    def planes(self, prepared: PackedWeight) -> dict[str, Callable[[Tensor], Tensor]]:
+        return {"weight": lambda rows: prepared.tensors["weight"][rows]}
+
+    def matmul(self, x: Tensor, prepared: PackedWeight) -> Tensor:
+        return x @ dequantize(prepared).T
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_a_backend_that_knows_no_trellis_gets_the_plain_form(
+    uneven: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BACKENDS, "plain only", PlainOnly())
+    pw = packed(33, 65, 4, uneven)
+    rows = torch.arange(33)
+    stored = stored_planes(pw.layout, pw.plain().tensors["weight"])  # with padding of zero
+    for layout in (pw.layout, pw.layout.plain()):
+        backend = select(layout, torch.device("cpu"), "plain only")
+        assert isinstance(backend, PlainOnly) == layout.is_plain
+    backend = select(pw.layout, torch.device("cpu"), "plain only")
+    form = backend.prepare(pw)
+    assert torch.equal(pbq_kernels.planes(backend, form)["weight"](rows[5:9]), stored[5:9])
+    x = torch.ones(2, 65)
+    assert torch.equal(backend.matmul(x, form), x @ dequantize(pw).T)
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu-int8", "triton"])
+def test_who_takes_a_trellis_as_it_is(name: str) -> None:
+    layout, cpu = packed(33, 65, 4, uneven=True).layout, torch.device("cpu")
+    if BACKENDS[name].why_not(layout.plain(), cpu):
+        pytest.skip("it does not run here")
+    assert (select(layout, cpu, name) is BACKENDS[name]) == name.startswith("cpu")
 
 
 @pytest.mark.parametrize(
