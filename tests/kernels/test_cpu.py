@@ -299,12 +299,16 @@ def test_how_many_planes_are_worth_decoding(
     assert cpu._least_dense_planes(weight, 64, torch.bfloat16) == 0
 
 
-def test_many_overlay_entries_are_worth_decoding(random_packed: RandomPacked) -> None:
+def test_many_overlay_entries_are_worth_decoding(
+    random_packed: RandomPacked, monkeypatch: pytest.MonkeyPatch
+) -> None:
     few, many = (
         CpuBackend("cpu").prepare(random_packed(256, 512, (Tier(1, 512),), overlay=share))
         for share in (0.002, 0.1)
     )
     assert few.overlay_tokens > 100 and 5 < many.overlay_tokens < 30
+    for weight in (few, many):  # with AMX everything is
+        monkeypatch.setattr(weight, "library", types.SimpleNamespace(pbq_has_amx=lambda: 0))
     assert cpu._least_dense_planes(few, 64, torch.bfloat16) > 0
     assert cpu._least_dense_planes(many, 1, torch.bfloat16) > 0
     assert cpu._least_dense_planes(many, 64, torch.bfloat16) == 0
