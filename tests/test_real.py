@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from pbq import methods
-from pbq.allocate import PlanInput, bits_by_sensitivity, discounted
+from pbq.allocate import UNEVEN_DISTORTION, PlanInput, bits_by_sensitivity, discounted
 from pbq.blocks import BlockQuantizer, Streams
 from pbq.calibrate import batches, channel_stats, load_calibration
 from pbq.checkpoint import read_layers
@@ -117,7 +117,7 @@ def test_a_real_model_keeps_the_promise_of_its_bits(
         name: discounted(found, int(name.split(".")[2]) / BLOCKS)
         for name, found in report.sensitivities.items()
     }
-    own = bits_by_sensitivity(nats, weights, 1.61)
+    own = bits_by_sensitivity(nats, weights, 1.61, UNEVEN_DISTORTION)
     assert max(own.values()) - min(own.values()) > 0.2  # real layers are not alike
     # what one layer leaves over the next may spend: the promise is the whole model's
     stored_bits = {name: layout.bits_per_weight for name, layout in layouts.items()}
