@@ -129,9 +129,11 @@ def load_calibration(
             f"{name}: {len(ids)} tokens, but {nsamples} x {seqlen} = {needed} are needed; "
             f"use a longer text{f', --nsamples {rows}' if rows else ''} or a smaller --seqlen"
         )
-    # as long where every word has as many tokens as the one it stands for, in any context
-    coming_back = _tokenize(fill.coming_back, tokenizer, needed + (more + further) * seqlen)
-    clean = coming_back if fill.count and len(coming_back) == len(ids) else ids
+    clean = ids
+    if fill.count:
+        coming_back = _tokenize(fill.coming_back, tokenizer, needed + (more + further) * seqlen)
+        # as long where every word has as many tokens as the one it stands for, in any context
+        clean = coming_back if len(coming_back) == len(ids) else ids
     noisy, segments = (
         x[: len(x) // seqlen * seqlen].view(-1, seqlen)[: nsamples + more + further]
         for x in (ids, clean)
