@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ def attention_as(change: Callable[[Attention], Attention]) -> Iterator[None]:
 def fast_attention() -> Iterator[None]:
     """Whole texts in bfloat16 on a CPU are attended to in a third of the time that torch takes.
 
+    With AMX torch is faster: 4.6 ms where this takes 12.8 for 1,024 tokens, 9 heads of 64, and 28
+    where it takes 40 with gradients. There it is left to torch.
     Masks, caches, dropout and other dtypes are left to torch. Not for what is scored: weights are
     rounded to bfloat16 before they are exponentiated, as in transformers' "eager", which moves the
     logits of a bfloat16 model by a fraction of what bfloat16 does.
@@ -65,13 +68,18 @@ def _plain(module: nn.Module, query: Tensor, key: Tensor, mask: Any, more: dict[
         and query.shape[2] == key.shape[2] > 1
         and query.device.type == "cpu"
         and query.dtype == torch.bfloat16
-        and _multiplies_bfloat16()
+        and _ours_is_faster()
     )
 
 
-def _multiplies_bfloat16() -> bool:
-    """Else torch multiplies such matrices by way of float32, or one number after the other."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+@cache
+def _ours_is_faster() -> bool:
+    """Where a CPU multiplies bfloat16, but without tiles (AMX), which torch's own makes use of.
+
+    Others multiply such matrices by way of float32, or one number after the other.
+    """
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and not tiles()
 
 
 def causal(

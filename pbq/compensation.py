@@ -6,7 +6,7 @@ Least squares over calibration tokens, in closed form: of the gaps between the t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -38,10 +38,15 @@ class Gaps:
     def tensors(self) -> list[Tensor]:
         return [self.cross, *self.residual.values()]
 
-    def add(self, other: Gaps, *, negated: bool = False) -> None:
-        """In place; of the same linears."""
-        for own, more in zip(self.tensors(), other.tensors(), strict=True):
-            own.add_(more, alpha=-1 if negated else 1)
+    def each(self, change: Callable[..., Tensor], *others: Gaps) -> Gaps:
+        """`change` of every tensor and those of others in its place; of the same linears."""
+        return Gaps(
+            change(self.cross, *(other.cross for other in others)),
+            {
+                name: change(own, *(other.residual[name] for other in others))
+                for name, own in self.residual.items()
+            },
+        )
 
     def missing(self, W: Tensor, name: str) -> Tensor:
         """E[w (W (x_f - x_q) + r_f - r_q) x_qᵀ] [n, k] of the linear `name`."""
@@ -79,10 +84,11 @@ class Sums:
         """rows: n of each residual linear. chance: is it wanted?"""
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
 
-        def gaps() -> Gaps:
-            return Gaps(zeros(k, k), {name: zeros(n, k) for name, n in rows.items()})
-
-        self.H, self.gaps, self.chance = zeros(k, k), gaps(), gaps() if chance else None
+        # gaps of all batches, or of those that `chance` takes as they are and of negated ones
+        self.H, self.gaps = zeros(k, k), [
+            Gaps(zeros(k, k), {name: zeros(n, k) for name, n in rows.items()})
+            for _ in range(2 if chance else 1)
+        ]
         # of the weights of all tokens, their number, and that of negated batches
         self.total = zeros(3)
 
@@ -103,14 +109,11 @@ class Sums:
             (x_f.float() - x).to(own.dtype).T @ own,
             {name: gap.to(own.dtype).T @ own for name, gap in residual.items()},
         )
-        self.gaps.add(found)
-        if self.chance is not None:
-            self.chance.add(found, negated=negated)
+        self.gaps[-1 if negated else 0].each(Tensor.add_, found)
         self.total += torch.stack([w.sum(), w.new_tensor(len(x)), w.new_tensor(negated)])
 
     def _all(self) -> list[Tensor]:
-        chance = [] if self.chance is None else self.chance.tensors()
-        return [self.H, *self.gaps.tensors(), *chance, self.total]
+        return [self.H, *(x for gaps in self.gaps for x in gaps.tensors()), self.total]
 
     def over_ranks(self) -> Sums:
         ranks.sum_up(*self._all())
@@ -122,12 +125,18 @@ class Sums:
             raise NumericalError(f"{name}: its inputs are too large to be squared in float32")
         weight, tokens, negated = self.total.tolist()
 
-        def per_token(gaps: Gaps) -> Gaps:
-            residual = {n: m.div_(weight).float() for n, m in gaps.residual.items()}
-            return Gaps(gaps.cross.div_(weight).float(), residual)
+        first, *second = self.gaps
+        gaps, chance = first, None
+        if second:
+            gaps = first.each(torch.add, *second)
+            chance = first.each(Tensor.sub_, *second) if negated else None
 
-        chance = per_token(self.chance) if self.chance is not None and negated else None
-        return Moments(self.H.div_(weight).float(), per_token(self.gaps), chance, int(tokens))
+        def per_token(x: Tensor) -> Tensor:
+            return x.div_(weight).float()
+
+        return Moments(
+            per_token(self.H), gaps.each(per_token), chance and chance.each(per_token), int(tokens)
+        )
 
 
 def compensate(W: Tensor, moments: Moments, name: str, percdamp: float) -> tuple[Tensor, float]:

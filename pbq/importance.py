@@ -20,8 +20,10 @@ def token_importance(
     call: Any,
     hidden: Tensor,
     generator: torch.Generator,
-) -> dict[str, Tensor]:
-    """For each linear, float32 [tokens], of mean 1: Σ over outputs s of |∂y_s/∂z_t|² / |y_s|.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The block's output y [b, L, d]; for each linear, float32 [tokens], of mean 1, what tokens count.
+
+    That is Σ over outputs s of |∂y_s/∂z_t|² / |y_s|.
 
     z_t is what the linear gives for token t, y_s the block's output for token s: an error in z_t
     matters as far as it changes outputs. A token that all others attend to (an attention sink, Xiao
@@ -47,7 +49,7 @@ def token_importance(
     energy = y.detach().float().pow(2).mean(-1, keepdim=True) + LEAST_ENERGY
     back = (signs.to(y.device) / energy.sqrt().sqrt()).to(y.dtype)
     found = torch.autograd.grad(y, list(outputs.values()), back, allow_unused=True)
-    return {
+    return y.detach(), {
         name: _of_mean_one(out if gradient is None else gradient, gradient is None)
         for (name, out), gradient in zip(outputs.items(), found, strict=True)
     }

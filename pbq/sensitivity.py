@@ -30,6 +30,7 @@ from pbq.models import (
     set_weight,
     weight_of,
 )
+from pbq.threads import at_once
 from pbq.tune import Recipe, forward_kl
 
 # Calibration tokens behind each Hessian, and those on which the models are compared: the first of
@@ -71,18 +72,16 @@ def sensitivities(
     target, found = run(0, hidden), dict[str, float]()
     for i, (block, call) in enumerate(zip(blocks, (c[0] for c in fitted.calls), strict=True)):
         linears = find_linears(block)
-        H = _hessians(block, linears, call, inputs, config.seed + i)
-        for linear, module in linears.items():
+        H, inputs = _hessians(block, linears, call, inputs, config.seed + i)
+        given = [(f"{name}.{i}.{n}", weight_of(m), H[n]) for n, m in linears.items()]
+        rounded = at_once(partial(_rounded, method, recipe, config, plans), given)
+        for (linear, module), W_hat in zip(linears.items(), rounded, strict=True):
             full, kept = f"{name}.{i}.{linear}", weight_of(module).clone()
-            rounded, _, _ = methods.rebuild(
-                method, recipe, config, _quicker(plans[full]), kept.float(), H[linear], full
-            )
-            set_weight(module, rounded.dequantize())
+            set_weight(module, W_hat)
             found[full] = float(forward_kl(run(i, hidden), target))
             if not math.isfinite(found[full]):
                 raise NumericalError(f"{full}: with it rounded the model predicts no finite logits")
             set_weight(module, kept)
-        inputs = [run_block(block, x, call) for x in inputs]
         hidden = run_block(block, hidden, calls[i])
         progress(i + 1, len(blocks))
     return found
@@ -95,6 +94,19 @@ def where_known(recipe: Recipe, blocks: nn.ModuleList) -> Recipe:
     """
     experts = any(find_experts(block) for block in blocks)
     return replace(recipe, sensitivity=recipe.sensitivity and not experts)
+
+
+def _rounded(
+    method: methods.Method,
+    recipe: Recipe,
+    config: QuantConfig,
+    plans: Mapping[str, LayerPlan],
+    given: tuple[str, Tensor, Tensor],
+) -> Tensor:
+    """given: full name, weight [n, k], H. The rounded weight in the weight's dtype."""
+    full, W, H = given
+    qw, _, _ = methods.rebuild(method, recipe, config, _quicker(plans[full]), W.float(), H, full)
+    return qw.dequantize().to(W.dtype)
 
 
 def _quicker(plan: LayerPlan) -> LayerPlan:
@@ -128,14 +140,19 @@ def _hessians(
     call: Call,
     inputs: list[Tensor],
     seed: int,
-) -> dict[str, Tensor]:
-    """E[w x xᵀ] [k, k] of each linear's own inputs, w what a token counts (pbq.importance)."""
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """E[w x xᵀ] [k, k] of each linear's own inputs, w what a token counts (pbq.importance).
+
+    And the block's outputs.
+    """
     generator = torch.Generator().manual_seed(seed)
     weights = {name: weight_of(linear) for name, linear in linears.items()}
     H = {name: Hessian(W.shape[1], W.device) for name, W in weights.items()}
+    outputs = []
     for hidden in inputs:
         with watch(block, list(linears)) as seen:
-            counts = token_importance(block, linears, call, hidden, generator)
+            y, counts = token_importance(block, linears, call, hidden, generator)
+        outputs.append(y)
         for name, x in seen.items():
             H[name].update(x.float().flatten(0, -2) * counts[name].sqrt()[:, None])
-    return {name: found.mean() for name, found in H.items()}
+    return {name: found.mean() for name, found in H.items()}, outputs

@@ -25,6 +25,8 @@ from pbq.grid import (
     stored_scale,
 )
 from pbq.hessian import least_squares
+from pbq_kernels import levels
+from pbq_kernels.paths import compiled
 
 # Of the regressions that latent factors start from: a rank above n or k needs some.
 LATENT_DAMPING = 0.01
@@ -116,6 +118,10 @@ class TunableWeight(nn.Module):
                 nn.Parameter(self._where_it_rounds(t, part).contiguous())
                 for t, part in enumerate(start.split([t.columns for t in qw.tiers]))
             )
+        # with these, nothing is made of `_codes` on every step
+        fast = not len(self.latent) and dtype == torch.bfloat16
+        self._whole = _whole_numbers(qw) if fast else None
+        self._tier_of = qw.tier_of.to(torch.int32)
 
     def _where_it_rounds(self, t: int, latent: Tensor) -> Tensor:
         """The latent weights, or the level itself where they would not round to the stored code."""
@@ -204,10 +210,21 @@ class TunableWeight(nn.Module):
 
     def forward(self) -> Tensor:
         """The weight [n, k] in `dtype`, differentiable in all that trains; computed in float32."""
+        if self._whole is not None:
+            W = _FromWholeNumbers.apply(self._whole, self._tier_of, self._row_scales())
+            return self._finished(W)
         tiers = range(len(self.tiers))
         codes = [self._nearest(t, x) for t, x in enumerate(self.latent)] or self._codes
         scales, offsets = zip(*(self._numbers(t) for t in tiers), strict=True)
-        W = _FromCodes.apply(self, codes, *scales, *offsets, *self.latent)
+        return self._finished(_FromCodes.apply(self, codes, *scales, *offsets, *self.latent))
+
+    def _row_scales(self) -> Tensor:
+        """Of every tier, zero where it has none: [n, tiers]."""
+        found = [self._numbers(t)[0][0] for t in range(len(self.tiers))]  # [S, n], S 0 or 1
+        return torch.stack([s[0] if len(s) else self.row.detach() * 0 for s in found], 1)
+
+    def _finished(self, W: Tensor) -> Tensor:
+        """With the column scale and the overlay."""
         if self._column0 is not None and self.column is not None:
             W = W * (self._column0 * self.column).to(self.dtype)
         if self._overlay is None:
@@ -336,6 +353,41 @@ def tunable(
 def bit(codes: Tensor, plane: int) -> Tensor:
     """Bool: is this plane +1."""
     return (codes & (1 << plane)).bool()
+
+
+def _whole_numbers(qw: QuantizedWeight) -> Tensor | None:
+    """Weights in units of their row's and tier's scale, int8 [n, k], for pbq_kernels.levels.
+
+    None where weights are more than one number times that, or those kernels are not for them.
+    """
+    plain = all(
+        tier.groups == 1
+        and not tier.offset
+        and (tier.planes <= 1 or tier.tied)
+        and sum(tier.weights) <= 127
+        for tier in qw.tiers
+    )
+    if not plain or compiled() is None or qw.codes.is_cuda or len(qw.tiers) > levels.MOST_TIERS:
+        return None
+    whole = torch.zeros(qw.codes.shape, dtype=torch.int8)
+    for t, tier in enumerate(qw.tiers):
+        if tier.planes:
+            columns = qw.columns(t)
+            whole[:, columns] = positions(tier, qw.codes[:, columns]).to(torch.int8)
+    return whole
+
+
+class _FromWholeNumbers(torch.autograd.Function):
+    """What _FromCodes makes of one scale a row and tier, by compiled kernels; a byte is kept, too."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, tier_of: Tensor, scale: Tensor) -> Tensor:
+        ctx.whole, ctx.tier_of, ctx.tiers = whole, tier_of, scale.shape[1]
+        return levels.weights(whole, tier_of, scale.detach().contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, dW: Tensor) -> Any:
+        return None, None, levels.gradients(ctx.whole, ctx.tier_of, dW, ctx.tiers)
 
 
 class _FromCodes(torch.autograd.Function):

@@ -102,7 +102,7 @@ def called(monkeypatch, dtype=torch.bfloat16, mask=None, keys=None, module=None,
 @pytest.fixture(autouse=True)
 def multiplies(monkeypatch):
     """Whatever this machine has: torch multiplies bfloat16 everywhere, if slowly."""
-    monkeypatch.setattr(attention, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(attention, "_ours_is_faster", lambda: True)
 
 
 def test_a_model_gets_what_it_would_have_got(monkeypatch):
@@ -136,8 +136,8 @@ def test_attention_that_is_not_causal_is_left_to_torch(monkeypatch):
     assert not asked and found.equal(usual)
 
 
-def test_a_machine_without_bfloat16_is_left_to_torch(monkeypatch):
-    monkeypatch.setattr(attention, "_multiplies_bfloat16", lambda: False)
+def test_a_machine_where_torch_is_faster_is_left_to_it(monkeypatch):
+    monkeypatch.setattr(attention, "_ours_is_faster", lambda: False)
     assert not called(monkeypatch)[0]
 
 

@@ -494,7 +494,8 @@ def test_tokens_count_for_a_group_as_its_linears_say(
     def importance(block, linears, call, x, generator):  # type: ignore[no-untyped-def]
         asked.append(generator.initial_seed())
         drawn = torch.Generator().manual_seed(len(asked))
-        return {n: torch.rand(ROWS * LENGTH, generator=drawn) for n in linears}
+        counts = {n: torch.rand(ROWS * LENGTH, generator=drawn) for n in linears}
+        return run_block(block, x, call), counts
 
     monkeypatch.setattr(blocks_module, "token_importance", importance)
     group = [f"self_attn.{p}_proj" for p in "qkv"]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pbq.importance import token_importance
-from pbq.models import find_blocks, find_linears, record_calls
+from pbq.models import find_blocks, find_linears, record_calls, run_block
 
 LENGTH = 7
 
@@ -31,7 +31,9 @@ def run(monkeypatch):
 
     def run(block, x, seed=0):
         linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-        return token_importance(block, linears, None, x, torch.Generator().manual_seed(seed))
+        y, found = token_importance(block, linears, None, x, torch.Generator().manual_seed(seed))
+        assert torch.equal(y, block(x)) and not y.requires_grad
+        return found
 
     return run
 
@@ -74,7 +76,8 @@ def test_blocks_of_models(tiny_model, architecture):
     recording = record_calls(model, blocks, [ids])
     linears = {n: m for n, m in find_linears(blocks[0]).items() if "expert" not in n}
     call, x = recording.calls[0][0], recording.hidden[0]
-    found = token_importance(blocks[0], linears, call, x, torch.Generator().manual_seed(0))
+    y, found = token_importance(blocks[0], linears, call, x, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(y, run_block(blocks[0], x, call))
     assert found.keys() == linears.keys()
     for weights in found.values():
         assert weights.shape == (2 * LENGTH,)

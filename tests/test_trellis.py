@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from pbq.config import QuantConfig
 from pbq.gptq import coordinate_descent, quantize_weight, refit_scales
-from pbq.grid import Grid, QuantizedWeight, TrellisGrid, fit_symmetric, fit_trellis
+from pbq.grid import Grid, QuantizedWeight, TierGrid, TrellisGrid, fit_symmetric, fit_trellis
 from pbq.hessian import proxy_loss
 from pbq.linear import PackedLinear
 from pbq.methods import waterfill
@@ -194,6 +195,36 @@ def test_gradients_of_scales_are_those_of_the_dense_weight(scale_bits: int, unev
         torch.testing.assert_close(
             part.grad[0, 0, 7], (higher - lower) / (2 * step), rtol=2e-2, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("memory, scale_bits, uneven", [(0, 16, False), (4, 8, False), (4, 8, True)])
+def test_compiled_training_steps_are_those_of_torch(
+    memory: int, scale_bits: int, uneven: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qw, _ = quantized(memory, scale_bits, uneven)
+    fast = TunableWeight(qw, None, Rates(), torch.bfloat16)
+    monkeypatch.setattr("pbq.tunable.compiled", lambda: None)
+    slow = TunableWeight(qw, None, Rates(), torch.bfloat16)
+    assert fast._whole is not None and slow._whole is None
+    dW = torch.randn(N, K, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for own in (fast, slow):
+        with torch.no_grad():
+            own.row *= torch.linspace(0.9, 1.1, N)
+        own().backward(dW)
+    assert fast().dtype == torch.bfloat16 and torch.equal(fast(), slow())
+    for a, b in zip(fast.scale, slow.scale, strict=True):
+        if a.numel():
+            assert a.grad is not None and b.grad is not None
+            largest = float(b.grad.abs().max())
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5 * largest)
+
+
+def test_weights_of_more_than_a_scale_each_are_left_to_torch() -> None:
+    qw, _ = quantized(4, 8)
+    assert TunableWeight(qw, None, Rates(), torch.float32)._whole is None
+    free = replace(qw, tiers=(*qw.tiers[:2], Tier(2, 24)), scale_bits=16)
+    free.grids = [*qw.grids[:2], TierGrid(torch.ones(N, 1, 2), None)]
+    assert TunableWeight(free, None, Rates(), torch.bfloat16)._whole is None
 
 
 @pytest.mark.parametrize("uneven", [False, True])

@@ -135,6 +135,9 @@ def _declare(library: ctypes.CDLL) -> None:
         *(pointer, pointer, wide, wide, integer, integer, integer, integer),
         *(pointer, pointer, integer),
     ]
+    for function in (library.pbq_levels, library.pbq_levels_gradient):
+        function.argtypes = [*(pointer, pointer, pointer, wide, wide, integer, pointer, integer)]
+        function.restype = None
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Compiles cpu.c and trellis.c into the shared object that cpu.py loads. Standard library only.
+"""Compiles cpu.c, levels.c and trellis.c into the shared object that cpu.py loads. Standard library only.
 
 The wheel's build hook runs this file where neither torch nor pbq_kernels is installed. In a source
 checkout: `python -m pbq_kernels.cpu_build`.
@@ -18,7 +18,11 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cpu.c")
 # Flags of a file's own: without these, choosing the less of two costs is not vectorized.
-SOURCES = {SOURCE: (), SOURCE.with_name("trellis.c"): ("-ffinite-math-only", "-fno-signed-zeros")}
+SOURCES = {
+    SOURCE: (),
+    SOURCE.with_name("levels.c"): (),
+    SOURCE.with_name("trellis.c"): ("-ffinite-math-only", "-fno-signed-zeros"),
+}
 LIBRARY = Path(__file__).with_name("_cpu.so")
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fvisibility=hidden")
 

@@ -581,7 +581,7 @@ def test_loading_brings_no_second_openmp_runtime(library_path: Path, tmp_path: P
     assert runtimes() == before and before
 
 
-@pytest.mark.parametrize("name, least", [("cpu", 270), ("trellis", 60)])
+@pytest.mark.parametrize("name, least", [("cpu", 270), ("levels", 20), ("trellis", 60)])
 def test_sanitizers(tmp_path: Path, name: str, least: int) -> None:
     """The kernels over exactly sized buffers, built with -fsanitize=address,undefined."""
     try:
