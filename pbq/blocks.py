@@ -29,6 +29,7 @@ from pbq.hessian import proxy_loss
 from pbq.importance import LEAST_ENERGY, token_importance
 from pbq.methods import Method, rebuild
 from pbq.models import before_forward, run_block, set_weight, shared_inputs, weight_of
+from pbq.remembering import Memory
 from pbq.routing import Routed, Share, shares, watch_routing
 from pbq.spill import HiddenStates, Spill
 from pbq.threads import at_once
@@ -188,6 +189,8 @@ class BlockQuantizer:
         self.importance: dict[int, dict[str, Tensor]] = {}
         # rows and tokens of a batch; the last one may have fewer rows
         self.shape = (0, 0)
+        # of the quantized stream
+        self.memory = Memory(self.block, list(self.linears), self.spill)
 
     def run(self, streams: Streams, plans: Mapping[str, LayerPlan]) -> Reconstructed:
         """Quantize every linear in place (dense, rounded values) and return what was chosen.
@@ -221,8 +224,10 @@ class BlockQuantizer:
             own = group[ranks.rank() :: ranks.count()]
             if self.recipe.compensate_damp == 0:
                 _ = moments.spectrum  # here, or every thread would find its own
-            rounded = at_once(lambda n, given=moments: self._quantize(n, given, plans), own)
+            quantize = partial(self._quantize, moments=moments, plans=plans)
+            rounded = at_once(quantize, own)
             self._gather(group, dict(zip(own, rounded, strict=True)), out)
+            self.memory.settle(group)
         for name in experts:
             originals_in = {i: seen[name] for i, seen in routed.items()}
             self._experts(name, originals_in, streams, chosen, plans, out)
@@ -297,9 +302,8 @@ class BlockQuantizer:
             if i not in originals:  # another rank's
                 continue
             names = [first, *(b for b in bases.values() if b)]
-            with watch(self.block, names, stop_at=first) as seen, suppress(_Stop):
-                run_block(self.block, streams.quant[i], self.call)
-            seen[""] = streams.quant[i]
+            x = streams.quant[i]
+            seen = {"": x, **self._reaching(names, first, i, x)}
             gaps = {n: _flat(originals[i][b]).float() - _flat(seen[b]) for n, b in bases.items()}
             inputs = (originals[i][first], seen[first], *gaps.values())
             self._check_finite(f".{first}: non-finite inputs", i, *inputs)
@@ -307,6 +311,25 @@ class BlockQuantizer:
             w = self._token_weights(i, group)
             sums.add(x_f, x_q, w, gaps, negated=place % 2 == 1)
         return sums.over_ranks().mean(f"{self.name}.{first}")
+
+    def _reaching(self, names: Sequence[str], last: str, i: int, x: Tensor) -> dict[str, Tensor]:
+        """Inputs of the named modules, none behind `last`, for batch i of the quantized stream."""
+        watched = watch(self.block, names, stop_at=last)
+        with watched as seen, suppress(_Stop), self.memory.batch(i, names):
+            run_block(self.block, x, self.call)
+        return seen
+
+    @torch.no_grad()
+    def through(self, hidden: HiddenStates) -> HiddenStates:
+        """What the block, with its linears quantized, makes of every batch of that stream."""
+
+        def run(i: int) -> Tensor:
+            with self.memory.batch(i, last=True):
+                return run_block(self.block, hidden[i], self.call)
+
+        behind = self.spill.filled(hidden, run)
+        self.memory.close()
+        return behind
 
     def _weight(self, linear: str) -> Tensor:
         return weight_of(self.linears[linear])
@@ -356,8 +379,7 @@ class BlockQuantizer:
         assert isinstance(experts, Experts)
         quantized = {}
         for i, original in originals.items():
-            with watch(self.block, [name], stop_at=name) as seen, suppress(_Stop):
-                run_block(self.block, streams.quant[i], self.call)
+            seen = self._reaching([name], name, i, streams.quant[i])
             self._check_finite(f".{name}: non-finite inputs", i, original.x, seen[name])
             quantized[i] = seen[name]
         by_batch, x_of = ranks.merged(dict(originals)), ranks.merged(quantized)

@@ -85,10 +85,13 @@ class Sums:
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
 
         # gaps of all batches, or of those that `chance` takes as they are and of negated ones
-        self.H, self.gaps = zeros(k, k), [
-            Gaps(zeros(k, k), {name: zeros(n, k) for name, n in rows.items()})
-            for _ in range(2 if chance else 1)
-        ]
+        self.H, self.gaps = (
+            zeros(k, k),
+            [
+                Gaps(zeros(k, k), {name: zeros(n, k) for name, n in rows.items()})
+                for _ in range(2 if chance else 1)
+            ],
+        )
         # of the weights of all tokens, their number, and that of negated batches
         self.total = zeros(3)
 

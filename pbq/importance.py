@@ -21,9 +21,9 @@ def token_importance(
     hidden: Tensor,
     generator: torch.Generator,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The block's output y [b, L, d]; for each linear, float32 [tokens], of mean 1, what tokens count.
+    """The block's output y [b, L, d], and for each linear what tokens count, float32 [tokens].
 
-    That is Σ over outputs s of |∂y_s/∂z_t|² / |y_s|.
+    That is of mean 1, Σ over outputs s of |∂y_s/∂z_t|² / |y_s|.
 
     z_t is what the linear gives for token t, y_s the block's output for token s: an error in z_t
     matters as far as it changes outputs. A token that all others attend to (an attention sink, Xiao
@@ -57,7 +57,7 @@ def token_importance(
 
 @torch.no_grad()
 def _of_mean_one(gradient: Tensor, unused: bool) -> Tensor:
-    energy = gradient.float().pow(2).sum(-1).flatten()
+    energy = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32).pow(2).flatten()
     mean = energy.mean()
     # outputs that nothing depends on: every token alike
     return torch.ones_like(energy) if unused or mean == 0 else energy / mean

@@ -40,9 +40,10 @@ _DISTILLING_BYTES_PER_WEIGHT = 8
 _LATENT_BYTES_PER_WEIGHT = 16
 _KEPT_PER_ACTIVATION = 1.5
 # Hidden states on their way through the blocks go to the disk when they would take more than that
-# part of the memory. There are four of each batch: before and behind a block, in two streams.
+# part of the memory. There are five of each batch: before and behind a block, in two streams, and
+# what its attention makes of one (remembering.py).
 _SHARE_OF_STATES = 8
-_STREAMS = 4
+_STREAMS = 5
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def needs(
 def _state_bytes(model: PreTrainedModel, blocks: int, tokens: int, width: int) -> int:
     hidden = model.get_input_embeddings().weight.shape[1]
     # both streams enter the first block as one, and only the original's leaves the last
-    return min(_STREAMS, blocks + 1) * tokens * int(hidden) * width
+    return min(_STREAMS, blocks + 2) * tokens * int(hidden) * width
 
 
 def _block_bytes(

@@ -572,9 +572,11 @@ class _Run:
         """
         name, key, started = f"{self.loader.name}.{index}", block_key(index), time.monotonic()
         resumed = work.has(key)
+        entering = streams.quant if feeds else HiddenStates()
         if resumed:
             targets = through_block(block, streams.fp, call, spill)
             meta = restore(work, key, block)
+            leaving = through_block(block, entering, call, spill)
         else:
             quantizer = BlockQuantizer(
                 block,
@@ -599,8 +601,10 @@ class _Run:
             work.save(key, {**flatten(packed), **kept}, meta)
             if ranks.count() > 1:
                 restore(work, key, block)  # rank 0 alone has tuned it
-        entering = streams.quant if feeds else HiddenStates()
-        behind = Streams(targets, through_block(block, entering, call, spill))
+            if self.recipe.block is not None:
+                quantizer.memory.close()  # it may have other weights and norms now
+            leaving = quantizer.through(entering)
+        behind = Streams(targets, leaving)
         streams.close()
         self.report.blocks.append({"name": name, **meta})
         if not resumed:

@@ -1,4 +1,4 @@
-"""Several linears rounded at once: the search for a path (pbq_kernels.paths) is one thread's work."""
+"""Several linears rounded at once: a search for paths (pbq_kernels.paths) keeps one thread busy."""
 
 from __future__ import annotations
 

@@ -378,7 +378,7 @@ def _whole_numbers(qw: QuantizedWeight) -> Tensor | None:
 
 
 class _FromWholeNumbers(torch.autograd.Function):
-    """What _FromCodes makes of one scale a row and tier, by compiled kernels; a byte is kept, too."""
+    """_FromCodes where a row has one scale a tier, by compiled kernels. Saves as much."""
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor, tier_of: Tensor, scale: Tensor) -> Tensor:

@@ -89,8 +89,8 @@ def test_needs_are_those_of_one_block(tiny_checkpoint: Callable[[str], Path]) ->
     block = sum(p.numel() for p in model.model.layers[0].parameters()) * 4
     assert whole.blocks - one.blocks == 2 * block  # of three
     assert one.whole == {} and one.peak == one.blocks
-    # four streams of 64 x 1024 tokens, unless there is little memory
-    assert one.states == 4 * 64 * 1024 * 48 * 4
+    # five tensors of 64 x 1024 tokens, unless there is little memory
+    assert one.states == 5 * 64 * 1024 * 48 * 4
     spilled = needs(model, config, Recipe(), gradients=False, streams=True, budget=one.states)
     assert one.blocks - spilled.blocks == one.states
 

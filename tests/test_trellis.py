@@ -197,7 +197,9 @@ def test_gradients_of_scales_are_those_of_the_dense_weight(scale_bits: int, unev
         )
 
 
-@pytest.mark.parametrize("memory, scale_bits, uneven", [(0, 16, False), (4, 8, False), (4, 8, True)])
+@pytest.mark.parametrize(
+    "memory, scale_bits, uneven", [(0, 16, False), (4, 8, False), (4, 8, True)]
+)
 def test_compiled_training_steps_are_those_of_torch(
     memory: int, scale_bits: int, uneven: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

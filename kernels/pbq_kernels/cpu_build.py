@@ -1,4 +1,4 @@
-"""Compiles cpu.c, levels.c and trellis.c into the shared object that cpu.py loads. Standard library only.
+"""Compiles cpu.c, levels.c and trellis.c into the library that cpu.py loads. Standard library only.
 
 The wheel's build hook runs this file where neither torch nor pbq_kernels is installed. In a source
 checkout: `python -m pbq_kernels.cpu_build`.

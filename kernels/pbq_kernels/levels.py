@@ -1,7 +1,7 @@
 """Dense weights from a byte each and a scale for each row and tier, and back: for training on CPUs.
 
-Compiled from levels.c where there is a C compiler; what a GPU or a machine without one does is up to
-the caller. Every function has its slow twin here.
+Compiled from levels.c where there is a C compiler; what a GPU or a machine without one does is up
+to the caller. Every function has its slow twin here.
 """
 
 from __future__ import annotations

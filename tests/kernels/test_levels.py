@@ -77,7 +77,7 @@ def test_results_do_not_depend_on_the_threads():
     ],
 )
 def test_what_does_not_fit_is_refused(change):
-    position, tier_of, scale, gradient = change(*made(33, 63, 3))
+    position, tier_of, _, gradient = change(*made(33, 63, 3))
     with pytest.raises(ValueError, match="not"):
         levels.gradients(position, tier_of, gradient, 3)
 
