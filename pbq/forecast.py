@@ -21,6 +21,8 @@ from pbq.tune import STEP_TOKENS, Recipe
 EFFICIENCY = 0.6
 # Linears of a block that share their input share its second moments: 4 inputs for 7 linears.
 INPUTS_PER_LINEAR = 4 / 7
+# How many linears of a block are rounded at once, on average: those of one input are (threads.py).
+TOGETHER = 1.4
 
 # Two layers [n, k] that are rounded to learn what rounding takes, with at least so many bits: of
 # layers this small the scales alone need more than is asked of a model.
@@ -113,10 +115,10 @@ def seconds(
     tokens = rows * config.seqlen
     statistics = 2 * (weights + head) * min(STATISTICS_ROWS, rows) * config.seqlen
     fitted = min(tokens, recipe.hessian_tokens)
-    # both streams once; the quantized one again for each input, half a block on average
-    forwards = 2 * 2 * weights * tokens + 4 * weights * fitted
-    if recipe.importance:  # forwards, and backwards to the activations alone
-        forwards += 4 * weights * fitted
+    # both streams once; the quantized one again for each input, which takes a block in all
+    forwards = 2 * 2 * weights * tokens + 2 * weights * fitted
+    if recipe.importance:  # backwards to the activations alone
+        forwards += 2 * weights * fitted
     moments = sum(2 * k * k * fitted * INPUTS_PER_LINEAR for _, k in shapes.values())
     rounding = sum(_rounding_operations(n, k) for n, k in shapes.values())
     rounding += sum(_factoring(n, k, config.bits) for n, k in shapes.values()) * recipe.factors
@@ -146,6 +148,7 @@ def seconds(
         found["distillation"] = operations / speed.model
     found = {stage: time / EFFICIENCY for stage, time in found.items()}
     columns = sum(k * speed.column + n * k * speed.entry for n, k in shapes.values())
+    columns /= TOGETHER if torch.get_num_threads() > 1 else 1
     return {s: t + columns * (s in ("blocks", "sensitivities")) for s, t in found.items()}
 
 
@@ -155,7 +158,7 @@ def _sensitivities(
     """Of pbq.sensitivity: each linear rounded alone, then on average half the model behind it."""
     weights, fitted = sum(n * k for n, k in shapes.values()), min(tokens, HESSIAN_TOKENS)
     compared = min(tokens, judged)
-    forwards = 6 * weights * fitted + len(shapes) * (weights + 2 * head) * compared
+    forwards = 4 * weights * fitted + len(shapes) * (weights + 2 * head) * compared
     rounding = sum(2 * k * k * fitted + _rounding_operations(n, k) for n, k in shapes.values())
     return forwards / speed.model + rounding / speed.single
 

@@ -45,7 +45,7 @@ SWEEPS = 3
 # Tokens behind each Hessian; segments of a given text, where it has as many; steps of distillation
 HESSIAN_TOKENS = {"fast": 16384, "default": 163840, "best": 262144}
 ROWS = {"fast": 0, "default": 172, "best": 264}
-STEPS = {"fast": 30, "default": 250, "best": 1000}
+STEPS = {"fast": 30, "default": 150, "best": 1000}
 
 
 @dataclass(frozen=True)

@@ -606,20 +606,23 @@ def test_sanitizers(tmp_path: Path, name: str, least: int) -> None:
     assert int(done.stdout.split()[0]) >= least  # of each variant
 
 
-def test_neon_under_emulation(tmp_path: Path) -> None:
+# neon and portable; what has one variant there
+@pytest.mark.parametrize("name, cases", [("cpu", 2 * 270), ("levels", 20), ("trellis", 180)])
+def test_arm_under_emulation(tmp_path: Path, name: str, cases: int) -> None:
     """The same cases on an emulated ARM CPU, with the flags of the wheel."""
     compiler = shutil.which("aarch64-linux-gnu-gcc")
     emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
     if not compiler or not emulator:
         pytest.skip("needs aarch64-linux-gnu-gcc and qemu-aarch64")
-    command = [compiler, *cpu_build.FLAGS, "-fopenmp", "-static"]
-    empty, program = tmp_path / "empty.c", tmp_path / "cpu_neon"
+    own = cpu_build.SOURCES[cpu_build.SOURCE.with_name(f"{name}.c")]
+    command = [compiler, *cpu_build.FLAGS, *own, "-fopenmp", "-static"]
+    empty, program = tmp_path / "empty.c", tmp_path / f"{name}_arm"
     empty.write_text("#include <math.h>\nint main(void) { return 0; }\n")
     if subprocess.run([*command, str(empty), "-o", str(program)], capture_output=True).returncode:
         pytest.skip(f"{compiler} comes without a C library")
-    source, folder = Path(__file__).with_name("cpu_sanitize.c"), f"-I{cpu_build.SOURCE.parent}"
+    source, folder = Path(__file__).with_name(f"{name}_sanitize.c"), f"-I{cpu_build.SOURCE.parent}"
     subprocess.run([*command, folder, str(source), "-o", str(program), "-lm"], check=True)
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run([emulator, str(program)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert int(done.stdout.split()[0]) == 2 * 270  # neon and portable
+    assert int(done.stdout.split()[0]) == cases
