@@ -37,7 +37,8 @@ def distil_model(
     norms: Mapping[str, Tensor],
     latent: Callable[[str], Tensor],
     rows: Sequence[Tensor],
-    hidden: Sequence[Tensor],
+    hidden: HiddenStates,
+    fitted: int,
     settings: Distillation,
     seed: int,
     *,
@@ -48,11 +49,13 @@ def distil_model(
 
     model: dense; what lies around its blocks is the original's, which the targets are made with.
     norms: where the gains start, by name. latent(name): where a linear's latent weight [n, k]
-    starts; asked only if codes are to move. rows: ids [b, L], batches of one size; hidden: what the
-    original's last block makes of the first of them, [b, L, d], among which are the held-out ones.
-    The others are run through the original when their turn comes.
+    starts; asked only if codes are to move. rows: ids [b, L], batches of one size; among the first
+    `fitted` of them are the held-out ones. hidden: what the original's last block makes of the
+    first batches [b, L, d], of as many as are known, or of none; what it makes of others is
+    appended when their turn comes.
     """
-    steps, unseen = steps_of(rows, held_out(len(hidden)))
+    steps, unseen = steps_of(rows, held_out(fitted))
+    places = {batch: batch for batch in range(len(hidden))}
     linears = {name: model.get_submodule(name) for name in packed}
     # single rows: a step may take them from several batches, which are all of one size
     size = len(rows[0])
@@ -62,9 +65,10 @@ def distil_model(
 
     def original(j: int) -> Tensor:
         batch, row = divmod(j, size)
-        if batch < len(hidden):
-            return hidden[batch][row, None]
-        return last_hidden(model, blocks, rows[batch][row, None])
+        if batch not in places:
+            places[batch] = len(hidden)
+            hidden.append(last_hidden(model, blocks, rows[batch]))
+        return hidden[places[batch]][row, None]
 
     def student(W: Mapping[str, Tensor], gains: Mapping[str, Tensor], i: int) -> Tensor:
         called = Functional(model, linears, W, gains)
@@ -109,19 +113,6 @@ def last_hidden(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor) -> T
     finally:
         handle.remove()
     return found[0]
-
-
-def all_last_hidden(
-    model: PreTrainedModel,
-    blocks: nn.ModuleList,
-    rows: Sequence[Tensor],
-    into: HiddenStates,
-    progress: Progress,
-) -> None:
-    """Append `last_hidden` of every batch of rows."""
-    for i, ids in enumerate(rows):
-        into.append(last_hidden(model, blocks, ids))
-        progress(i + 1, len(rows))
 
 
 def steps_of(

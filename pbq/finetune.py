@@ -18,7 +18,7 @@ from pbq.attention import fast_attention
 from pbq.calibrate import Calibration, batches, load_calibration
 from pbq.config import QuantConfig
 from pbq.disk import check_space, read_json, size_text
-from pbq.distilling import all_last_hidden, distil_model
+from pbq.distilling import distil_model
 from pbq.errors import ResourceError, UsageError
 from pbq.evaluate import Perplexity
 from pbq.experts import unfuse
@@ -142,9 +142,6 @@ def _train(
 ) -> Tuned:
     """Leaves the better numbers in `student`."""
     rows = batches(calibration.ids.to(loader.device), BATCH)
-    observer.stage("original model", len(rows))
-    hidden = HiddenStates()
-    all_last_hidden(loader.model, loader.blocks, rows, hidden, observer.step)
     observer.stage("finetuning", training.steps)
     found, gains, tuned = distil_model(
         loader.model,
@@ -153,7 +150,8 @@ def _train(
         {name: p.detach().clone() for name, p in norms_of(student).items()},
         lambda name: weight_of(loader.model.get_submodule(name)).float(),
         rows,
-        hidden,
+        HiddenStates(),
+        len(rows),
         training.settings(),
         training.seed,
         progress=observer.step,

@@ -139,12 +139,15 @@ def seconds(
         found["preprocessing"] = preprocessing.STEPS[config.effort] * step / speed.model
     if recipe.distillation is not None:
         steps = recipe.distillation.steps
+        operations = steps * STEP_TOKENS * (6 * weights + 8 * head)
         # the original model: its head alone, on kept hidden states, but the whole on further text
-        further = 0 if config.calib == "self" else steps * STEP_TOKENS / config.seqlen
-        again = 2 * weights * further / (rows + further)
-        operations = steps * STEP_TOKENS * (6 * weights + again + 8 * head)
-        if recipe.token_noise and config.calib != "self":  # blocks have seen another text
-            operations += 2 * weights * tokens
+        # and, where blocks have seen another one, on all
+        seen = steps * STEP_TOKENS
+        if config.calib == "self":
+            seen = 0
+        elif not recipe.token_noise:
+            seen = round(seen * seen / (tokens + seen))
+        operations += 2 * weights * seen
         found["distillation"] = operations / speed.model
     found = {stage: time / EFFICIENCY for stage, time in found.items()}
     columns = sum(k * speed.column + n * k * speed.entry for n, k in shapes.values())

@@ -28,7 +28,7 @@ from pbq.blockwise import Layers, ScoredText, through_block
 from pbq.calibrate import STATISTICS_ROWS, Calibration, batches, load_calibration, most_rows
 from pbq.config import QuantConfig
 from pbq.disk import check_space
-from pbq.distilling import Functional, all_last_hidden, distil_model
+from pbq.distilling import Functional, distil_model
 from pbq.errors import DataError, UsageError
 from pbq.evaluate import WINDOW, Perplexity, TokenizedText, tokenize_file
 from pbq.experts import unfuse
@@ -526,9 +526,7 @@ class _Run:
         further = calibration.further.to(self.loader.device).split(size)
         with self.loader.whole():
             if calibration.noisy:
-                self.observer.stage("original model", len(rows))
                 hidden = self._spill(work, calibration.clean.numel()).states()
-                all_last_hidden(self.model, self.blocks, rows, hidden, self.observer.step)
             self.observer.stage("distillation", settings.steps)
             gains = {n: p.detach().clone() for n, p in norms_of(self.model).items()}
             for i in range(len(self.blocks)):
@@ -544,6 +542,7 @@ class _Run:
                 finished.latent,
                 [*rows, *(batch for batch in further if len(batch) == size)],
                 hidden,
+                len(rows),
                 settings,
                 self.config.seed,
                 progress=self.observer.step,

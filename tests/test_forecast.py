@@ -26,13 +26,13 @@ def test_statistics_and_distillation_by_hand():
     gap = text["distillation"] - found["distillation"]
     further = 7 * 1024 / 100
     share = further / (4 + further)  # of the steps that are on text without kept hidden states
-    assert gap == pytest.approx(share * 7 * 1024 * 2 * 500 / 2000 / EFFICIENCY)
+    assert gap == pytest.approx(share * 7 * 1024 * 2 * 500 / 2000 / EFFICIENCY, rel=1e-3)
     # blocks that are fitted to another text keep nothing that a distillation could use
     noisy = dataclasses.replace(recipe, token_noise=0.1)
     assert seconds(SHAPES, 50, config, noisy, SPEED) == found
     again = seconds(SHAPES, 50, dataclasses.replace(config, calib="a.txt"), noisy, SPEED)
-    gap = again["distillation"] - text["distillation"]
-    assert gap == pytest.approx(2 * 500 * 400 / 2000 / EFFICIENCY)
+    gap = again["distillation"] - found["distillation"]
+    assert gap == pytest.approx(7 * 1024 * 2 * 500 / 2000 / EFFICIENCY)
 
 
 def test_a_recipe_may_want_more_rows_of_a_given_text():

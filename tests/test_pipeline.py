@@ -563,10 +563,13 @@ def test_a_distillation_has_the_text_without_noise_and_the_original_as_it_was(
     source, given = tiny_checkpoint("llama"), {}
 
     def noting(model: Any, blocks: Any, packed: Any, norms: Any, latent: Any, *rest: Any, **more):
-        given.update(norms=norms, rows=rest[0], hidden=list(rest[1]))
+        assert len(rest[1]) == 0
+        given.update(norms=norms, rows=rest[0], hidden=rest[1])
         gains = {name: p.detach().clone() for name, p in model.named_parameters() if name in norms}
         given.update(before=gains, logits=model(rest[0][-1], use_cache=False).logits)
-        return distil_model(model, blocks, packed, norms, latent, *rest, **more)
+        done = distil_model(model, blocks, packed, norms, latent, *rest, **more)
+        given.update(hidden=list(rest[1]))
+        return done
 
     monkeypatch.setattr(pipeline, "distil_model", noting)
     changed = {"method": "waterfill", "token_noise": 0.3, "block_epochs": 1.0, "seqlen": 24}
@@ -579,9 +582,10 @@ def test_a_distillation_has_the_text_without_noise_and_the_original_as_it_was(
     rows = [row.tolist() for batch in given["rows"] for row in batch]
     assert len(rows) > 8 and all(row in segments for row in rows)
     _, blocks = find_blocks(original)
-    assert 0 < len(given["hidden"]) < len(given["rows"])
-    for batch, hidden in zip(given["rows"], given["hidden"], strict=False):
-        assert torch.allclose(hidden, last_hidden(original, blocks, batch), atol=1e-6)
+    assert 0 < len(given["hidden"]) <= len(given["rows"])
+    exact = [last_hidden(original, blocks, batch) for batch in given["rows"]]
+    for hidden in given["hidden"]:
+        assert any(torch.allclose(hidden, each, atol=1e-6) for each in exact)
     # norms start where the blocks left them, but the teacher keeps its own
     assert torch.allclose(given["logits"], logits(original, given["rows"][-1]), atol=1e-5)
     assert any(not torch.equal(given["norms"][n], own) for n, own in given["before"].items())
