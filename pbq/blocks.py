@@ -222,10 +222,9 @@ class BlockQuantizer:
             mine = {f"{self.name}.{n}": bases[n] for n in group if n in bases}
             moments = self._moments(group, mine, streams, chosen, originals)
             own = group[ranks.rank() :: ranks.count()]
-            if self.recipe.compensate_damp == 0:
+            if self.recipe.compensate and moments.chance is not None:
                 _ = moments.spectrum  # here, or every thread would find its own
-            quantize = partial(self._quantize, moments=moments, plans=plans)
-            rounded = at_once(quantize, own)
+            rounded = at_once(partial(self._quantize, moments=moments, plans=plans), own)
             self._gather(group, dict(zip(own, rounded, strict=True)), out)
             self.memory.settle(group)
         for name in experts:

@@ -18,6 +18,7 @@ from pbq.disk import size_text
 from pbq.errors import ResourceError
 from pbq.models import find_blocks, find_linears, weight_of
 from pbq.own_text import sampling_bytes
+from pbq.threads import AT_ONCE
 from pbq.tune import STEP_TOKENS, Recipe
 
 # Python, torch and transformers, measured on Linux with torch 2.13
@@ -25,7 +26,7 @@ _IMPORTS_BYTES = 530 * 2**20
 # Of one block while it is quantized: codes, and the weights where latent ones would start. These
 # three were fitted to blocks of 3 and 13 million weights, within 8 % of both.
 _ROUNDING_BYTES_PER_WEIGHT = 10
-# Of one linear, beside that: float32 copies of its weight
+# Of one linear that is being rounded, beside that: float32 copies of its weight
 _LINEAR_BYTES_PER_WEIGHT = 28
 # Of its inputs: second moments, their factors and inverses
 _MOMENT_BYTES = 40
@@ -122,7 +123,7 @@ def _block_bytes(
     inputs = tokens * (3 * min(shape[1] for shape in shapes) + widest) * width
     rounding = (
         size * _ROUNDING_BYTES_PER_WEIGHT
-        + n * k * _LINEAR_BYTES_PER_WEIGHT
+        + n * k * _LINEAR_BYTES_PER_WEIGHT * min(AT_ONCE, torch.get_num_threads())
         + widest**2 * (_MOMENT_BYTES + (_CHANCE_BYTES if recipe.compensate_damp == 0 else 0))
         + inputs
     )
