@@ -51,6 +51,7 @@ static int omp_get_thread_num(void) { return 0; }
 #define TOKENS 4 /* multiplied at once, while so many are left */
 #define MAX_TILE 64
 #define MAX_PLANES 8
+#define MOST_RUNS 8 /* of columns in rising order: five tiers, or a few with groups of columns */
 #define EDGE 16 /* rows above a tile that its planes may be made of: 12, and whole registers */
 /* Words of a trellis whose planes are made at once: they stay in the first cache. */
 #ifdef __aarch64__
@@ -1304,6 +1305,26 @@ static AVX512 void decode_row_avx512(const Weight *w, int64_t row, int dtype, vo
     decode_row_generic_avx512(w, row, dtype, out);
 }
 
+/* A row in stored order [columns] put where its columns belong, 32 at a time. mask[block][run]: which
+ * of a block's columns are the next of a run, of columns in rising order; begin[run]: its first. */
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2"))) static void merge_row(
+    const uint16_t *row, const uint32_t *mask, const int64_t *begin, int runs, int64_t columns,
+    uint16_t *out) {
+  const uint16_t *next[MOST_RUNS];
+  for (int r = 0; r < runs; r++) next[r] = row + begin[r];
+  for (int64_t c = 0; c < columns; c += 32, mask += MOST_RUNS) {
+    __m512i values = _mm512_setzero_si512();
+    for (int r = 0; r < runs; r++) {
+      const int count = __builtin_popcount(mask[r]);
+      const __mmask32 some = (__mmask32)((1ull << count) - 1);
+      values = _mm512_mask_expand_epi16(values, mask[r], _mm512_maskz_loadu_epi16(some, next[r]));
+      next[r] += count;
+    }
+    const __mmask32 kept = columns - c < 32 ? (1u << (columns - c)) - 1 : UINT32_MAX;
+    _mm512_mask_storeu_epi16(out + c, kept, values);
+  }
+}
+
 /* They differ in how bytes are multiplied. */
 #define VARIANT_OF_AVX512(name, int8_tile)                                          \
   {name,              WORD,          LOOKUPS,   16,                tabulate_avx512, \
@@ -1647,12 +1668,43 @@ INLINE void scatter(const char *restrict from, const int64_t *restrict to, int64
       ((uint16_t *)out)[to[c]] = ((const uint16_t *)from)[c];
 }
 
+/* For merge_row: masks of a permutation of few runs, as those of a few tiers are, for the caller to
+ * free; NULL where there are more, or no memory. */
+static uint32_t *masks_of(const int64_t *to, int64_t columns, int64_t *begin, int *runs) {
+  uint32_t *mask = calloc((size_t)(columns + 31) / 32 * MOST_RUNS, sizeof *mask);
+  *runs = 0;
+  for (int64_t c = 0; mask && c < columns; c++) {
+    if (c == 0 || to[c] < to[c - 1]) {
+      if (*runs == MOST_RUNS) {
+        free(mask);
+        return NULL;
+      }
+      begin[(*runs)++] = c;
+    }
+    mask[to[c] / 32 * MOST_RUNS + *runs - 1] |= 1u << to[c] % 32;
+  }
+  return mask;
+}
+
+/* Whether merge_row runs here, and goes with the variant that was asked for. */
+static int merges(const Variant *v) {
+#ifdef __x86_64__
+  return (v == &VARIANT_AVX512 || v == &VARIANT_VNNI) && __builtin_cpu_supports("avx512vbmi2");
+#else
+  (void)v;
+  return 0;
+#endif
+}
+
 /* Rows [row, row + rows) into out [rows, columns]: the columns of w's groups in stored order, or
  * where `to` puts them. `line` has room for a row of each thread, if there is a `to`. */
 EXPORT void pbq_decode(const Weight *w, int64_t row, int64_t rows, int64_t columns, int dtype,
                        const int64_t *to, void *line, void *out, int threads) {
   const Variant *v = variant(w->variant);
   const int64_t size = size_of(dtype), row_size = columns * size;
+  int64_t begin[MOST_RUNS];
+  int runs = 0;
+  uint32_t *mask = to && size == 2 && merges(v) ? masks_of(to, columns, begin, &runs) : NULL;
   (void)threads; /* without OpenMP */
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -1662,12 +1714,19 @@ EXPORT void pbq_decode(const Weight *w, int64_t row, int64_t rows, int64_t colum
       char *there = (char *)out + i * row_size;
       v->decode_row(w, row + i, dtype, to ? mine : there);
       if (!to) continue;
+#ifdef __x86_64__
+      if (mask) {
+        merge_row((const uint16_t *)mine, mask, begin, runs, columns, (uint16_t *)there);
+        continue;
+      }
+#endif
       if (size == 4)
         scatter(mine, to, columns, 4, there);
       else
         scatter(mine, to, columns, 2, there);
     }
   }
+  free(mask);
 }
 
 INLINE void gather_as(const int32_t *restrict column, const void *restrict x, int dtype,

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,10 +51,14 @@ _RATES = {
 _PRODUCT = {torch.float32: 40.0, torch.bfloat16: 95.0, torch.float16: 1.0}
 _GATHERED, _ADDED = 0.4, 1.0
 _OVERLAY_LOOKUPS, _OVERLAY_DECODING = 1.1, 0.1
-_AMX_BFLOAT16_PRODUCT = 800.0  # not measured: AMX has ten times the peak of the vector units
-# Up to so many tokens, or multiplications (tokens times weights), decoding never pays.
+# bfloat16 with tiles (AMX), on a Sapphire Rapids core: decoding and products as above, and what a
+# decoded product takes to begin, in nanoseconds.
+_TILED_DECODING, _TILED_PRODUCT, _TILED_START = 1.5, 500.0, 8e4
+# Up to so many tokens, or multiplications (tokens times weights) without tiles, all is looked up.
 _MOST_LOOKUP_TOKENS = 31
 _MOST_LOOKUPS = 2**27
+# Numbers of tokens for which a weight remembers what to decode.
+_MOST_CHOICES = 64
 # Weights of a dense tile: 2 to 4 MB, which stays in the last-level cache.
 _TILE_WEIGHTS = 2**20
 # Below this many plane bits a second thread costs more than it does.
@@ -196,6 +201,7 @@ class CpuWeight:
     def __post_init__(self) -> None:
         self.address = ctypes.addressof(self.whole.struct)
         self._parts: dict[int, tuple[_Part | None, _Part | None]] = {}
+        self.choices: dict[tuple[int, torch.dtype], int] = {}  # of _least_dense_planes
 
     def stored_rows(self, rows: Tensor) -> Tensor:
         """The stored planes of rows int64 [r], uint8 [r, row_bytes]: undoes `repack`.
@@ -432,7 +438,7 @@ def _multiply(x: Tensor, weight: CpuWeight, mode: int) -> Tensor:
     m = x.numel() // k
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], n))
-    few = m <= _MOST_LOOKUP_TOKENS or m * n * k <= _MOST_LOOKUPS
+    few = m <= _MOST_LOOKUP_TOKENS or (m * n * k <= _MOST_LOOKUPS and not _tiled(weight, x.dtype))
     if x.dtype in _DTYPES and ((few and m <= weight.overlay_tokens) or mode == _MODES["int8"]):
         _look_up(x, weight, weight.address, mode, m, y)
     else:
@@ -453,23 +459,33 @@ def _least_dense_planes(weight: CpuWeight, m: int, dtype: torch.dtype) -> int:
     """Groups of so many planes are decoded for a matrix product; lookups pay each plane."""
     if dtype not in _DTYPES:
         return 0
-    return min(
-        {0, *(group.planes + 1 for group in weight.whole.groups)},
-        key=lambda planes: _nanoseconds(weight, planes, m, dtype),
-    )
+    if (m, dtype) not in weight.choices:  # 80 us to find
+        if len(weight.choices) == _MOST_CHOICES:
+            weight.choices.clear()
+        weight.choices[m, dtype] = min(
+            {0, *(group.planes + 1 for group in weight.whole.groups)},
+            key=lambda planes: _nanoseconds(weight, planes, m, dtype),
+        )
+    return weight.choices[m, dtype]
+
+
+def _tiled(weight: CpuWeight, dtype: torch.dtype) -> bool:
+    """Does torch multiply such numbers by tiles here?"""
+    return dtype == torch.bfloat16 and bool(weight.library.pbq_has_amx())
 
 
 def _nanoseconds(weight: CpuWeight, planes: int, m: int, dtype: torch.dtype) -> float:
     """What one of m tokens takes when groups of at least so many planes are decoded."""
     lookups, decoding = _RATES[weight.variant]
-    amx = dtype == torch.bfloat16 and weight.library.pbq_has_amx()
-    product = _AMX_BFLOAT16_PRODUCT if amx else _PRODUCT[dtype]
+    product, start = _PRODUCT[dtype], 0.0
+    if _tiled(weight, dtype):
+        decoding, product, start = _TILED_DECODING, _TILED_PRODUCT, _TILED_START
     few, many = weight.parts(planes)
     found = 0.0
     if few:
         found += weight.n * sum(g.planes * g.columns for g in few.groups) / lookups
     if many:
-        found += weight.n * len(many.columns) * (1 / product + 1 / (decoding * m))
+        found += weight.n * len(many.columns) * (1 / product + 1 / (decoding * m)) + start / m
     if few and many:
         found += len(many.columns) / _GATHERED + weight.n / _ADDED
     if weight.overlay:
@@ -512,7 +528,7 @@ def _decoded_tiles(
     n, k = weight.n, len(part.columns)
     stored = dtype if dtype in _DTYPES else torch.float32
     rows = min(n, max(64, _TILE_WEIGHTS // k))
-    buffer = torch.empty(rows, k, dtype=stored)
+    buffer = _scratch(rows * k, stored).view(rows, k)
     address, code, threads = ctypes.addressof(part.struct), _DTYPES[stored], torch.get_num_threads()
     whole = part is weight.whole
     order = part.columns.data_ptr() if whole else None
@@ -525,6 +541,17 @@ def _decoded_tiles(
         if weight.overlay and whole:
             _overlay_tile(tile, weight.overlay, begin)
         yield slice(begin, begin + len(tile)), tile.to(dtype)
+
+
+_kept = threading.local()
+
+
+def _scratch(count: int, dtype: torch.dtype) -> Tensor:
+    """So many numbers that stay valid until this thread asks again: new memory is slow to touch."""
+    held: dict[torch.dtype, Tensor] = _kept.__dict__.setdefault("held", {})
+    if dtype not in held or len(held[dtype]) < count:
+        held[dtype] = torch.empty(count, dtype=dtype)
+    return held[dtype][:count]
 
 
 def _overlay_tile(tile: Tensor, overlay: _Overlay, begin: int) -> None:

@@ -125,7 +125,19 @@ static void run(const Case *c, int index, int threads, float last, float *y, flo
   int64_t *to = malloc(w.k * sizeof(int64_t));
   for (int64_t i = 0; i < w.k; i++) to[i] = w.k - 1 - i;
   if (dense) {
+    /* three runs of columns in rising order, then one for each column */
+    char *merged = malloc(n * w.k * element);
+    int64_t *third = malloc(w.k * sizeof(int64_t));
+    for (int64_t i = 0, r = 0; r < 3; r++)
+      for (int64_t c = r; c < w.k; c += 3) third[i++] = c;
     pbq_decode(&w, 0, n, w.k, dtype, NULL, NULL, decoded, threads);
+    pbq_decode(&w, 0, n, w.k, dtype, third, line, merged, threads);
+    for (int64_t row = 0; row < n; row++)
+      for (int64_t i = 0; i < w.k; i++)
+        if (memcmp(merged + (row * w.k + third[i]) * element, decoded + (row * w.k + i) * element,
+                   element))
+          exit(5);
+    free(merged), free(third);
     pbq_decode(&w, 0, n, w.k, dtype, to, line, decoded, threads);
     for (int64_t i = 0; i < n * w.k; i++) dense[i] = load(decoded, i, dtype);
   }

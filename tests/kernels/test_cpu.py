@@ -295,8 +295,43 @@ def test_how_many_planes_are_worth_decoding(
     assert chosen == [5, 5, 0]
     assert cpu._least_dense_planes(weight, 4096, torch.float16) == 5
     assert cpu._least_dense_planes(weight, 4096, torch.float64) == 0  # no lookups in float64
+    weight.choices.clear()
+    # by tiles at 500e9, decoded at 1.5e9 behind 80 us
     monkeypatch.setattr(weight, "library", types.SimpleNamespace(pbq_has_amx=lambda: 1))
-    assert cpu._least_dense_planes(weight, 64, torch.bfloat16) == 0
+    assert cpu._nanoseconds(weight, 0, 100, torch.bfloat16) == pytest.approx(
+        32 * 64 * (1 / 500 + 1 / 150) + 800
+    )
+    assert (
+        cpu._least_dense_planes(weight, 64, torch.bfloat16) == 5
+    )  # so small a layer is not worth it
+    assert cpu._least_dense_planes(weight, 1 << 16, torch.bfloat16) == 0
+    for m in range(100, 300):
+        cpu._least_dense_planes(weight, m, torch.bfloat16)
+    assert len(weight.choices) <= 64
+    assert cpu._nanoseconds(weight, 0, 100, torch.float32) == pytest.approx(
+        32 * 64 * (1 / 40 + 1 / 200)
+    )
+
+
+@pytest.mark.parametrize(
+    "amx, dtype, decodes",
+    [(1, torch.bfloat16, True), (1, torch.float32, False), (0, torch.bfloat16, False)],
+)
+def test_without_tiles_few_multiplications_are_looked_up(
+    amx: int,
+    dtype: torch.dtype,
+    decodes: bool,
+    random_packed: RandomPacked,
+    library: ctypes.CDLL,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight = repack(random_packed(256, 256, (Tier(2, 256),)), library, 0)
+    monkeypatch.setattr(cpu, "_tiled", lambda weight, dtype: bool(amx) and dtype == torch.bfloat16)
+    asked: list[int] = []
+    monkeypatch.setattr(cpu, "_multiply_many", lambda x, weight, y: asked.append(len(x)))
+    for m in (31, 32, 2048):  # 2048 tokens are 2**27 multiplications
+        cpu._multiply(torch.zeros(m, 256, dtype=dtype), weight, 0)
+    assert asked == ([32, 2048] if decodes else [])
 
 
 def test_many_overlay_entries_are_worth_decoding(
