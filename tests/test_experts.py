@@ -254,9 +254,9 @@ def test_each_experts_hessian_is_that_of_its_own_tokens(
     given: dict[str, Any] = {}
     real = BlockQuantizer._quantize
 
-    def spy(self: BlockQuantizer, linear: str, moments: Any, *rest: Any) -> Any:
+    def spy(self: BlockQuantizer, linear: str, moments: Any, plans: Any) -> Any:
         given[linear] = (moments, copy.deepcopy(self.block))
-        return real(self, linear, moments, *rest)
+        return real(self, linear, moments, plans)
 
     monkeypatch.setattr(BlockQuantizer, "_quantize", spy)
     quantizer, done = scene.quantize(Recipe(compensate=compensate))
