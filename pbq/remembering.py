@@ -24,11 +24,12 @@ class Memory:
     def __init__(self, block: nn.Module, linears: Collection[str], spill: Spill) -> None:
         """linears: names of all that are to be rounded."""
         self._block, self._spill = block, spill
+        # by module, those inside it that are still to be rounded
         self._left = {
-            name: {n for n in linears if n.startswith(f"{name}.")}
+            name: inside
             for name, _ in block.named_children()
+            if (inside := {n for n in linears if n.startswith(f"{name}.")})
         }
-        self._left = {name: inside for name, inside in self._left.items() if inside}
         self._made: dict[str, _Made] = {}
 
     def settle(self, linears: Sequence[str]) -> None:
@@ -52,15 +53,15 @@ class Memory:
     def _once(
         self, name: str, i: int, last: bool, forward: Callable[..., Any], *args: Any, **more: Any
     ) -> Any:
-        if name not in self._made:
-            self._made[name] = _Made(self._spill.states())
-        made = self._made[name]
-        if i in made.places:
+        made = self._made.get(name)
+        if made and i in made.places:
             # a copy: some models add to such tensors in place
             return made.wrapped(made.states[made.places[i]].clone())
         out = forward(*args, **more)
         first, *rest = out if isinstance(out, tuple) else (out,)
         if not last and isinstance(first, Tensor) and all(x is None for x in rest):
+            if made is None:
+                made = self._made[name] = _Made(self._spill.states())
             made.places[i] = len(made.states)
             made.rest = len(rest) if isinstance(out, tuple) else -1
             made.states.append(first.clone())

@@ -221,7 +221,7 @@ class TunableWeight(nn.Module):
     def _row_scales(self) -> Tensor:
         """Of every tier, zero where it has none: [n, tiers]."""
         found = [self._numbers(t)[0][0] for t in range(len(self.tiers))]  # [S, n], S 0 or 1
-        return torch.stack([s[0] if len(s) else self.row.detach() * 0 for s in found], 1)
+        return torch.stack([s[0] if len(s) else torch.zeros_like(self.row) for s in found], 1)
 
     def _finished(self, W: Tensor) -> Tensor:
         """With the column scale and the overlay."""
@@ -367,7 +367,7 @@ def _whole_numbers(qw: QuantizedWeight) -> Tensor | None:
         and sum(tier.weights) <= 127
         for tier in qw.tiers
     )
-    if not plain or compiled() is None or qw.codes.is_cuda or len(qw.tiers) > levels.MOST_TIERS:
+    if not plain or compiled() is None or not qw.codes.is_cpu or len(qw.tiers) > levels.MOST_TIERS:
         return None
     whole = torch.zeros(qw.codes.shape, dtype=torch.int8)
     for t, tier in enumerate(qw.tiers):

@@ -1593,8 +1593,11 @@ EXPORT int pbq_variant_word_columns(int index) { return variant(index)->word_col
 /* Whether matrix products have the tile unit, which outruns lookups from a few dozen tokens on. */
 EXPORT int pbq_has_amx(void) {
 #ifdef __x86_64__
+  static int found = -1; /* a hypervisor takes microseconds to answer cpuid */
   unsigned a, b, c, d;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (d >> 22 & 1);
+  if (found < 0)
+    found = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (d >> 22 & 1);
+  return found;
 #else
   return 0;
 #endif

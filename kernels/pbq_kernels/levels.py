@@ -72,7 +72,7 @@ def _checked(position: Tensor, tier_of: Tensor, scale: Tensor) -> tuple[int, int
         (scale, "scale", torch.float32, (n, tiers)),
     )
     for x, name, dtype, shape in wanted:
-        if x.dtype != dtype or x.shape != shape or not x.is_contiguous() or x.is_cuda:
+        if x.dtype != dtype or x.shape != shape or not x.is_contiguous() or not x.is_cpu:
             raise ValueError(f"{name}: {x.dtype} {tuple(x.shape)}, not contiguous {dtype} {shape}")
     if tiers > MOST_TIERS:
         raise ValueError(f"{tiers} tiers, {MOST_TIERS} at most")
