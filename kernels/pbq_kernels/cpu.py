@@ -459,7 +459,7 @@ def _least_dense_planes(weight: CpuWeight, m: int, dtype: torch.dtype) -> int:
     """Groups of so many planes are decoded for a matrix product; lookups pay each plane."""
     if dtype not in _DTYPES:
         return 0
-    if (m, dtype) not in weight.choices:  # 80 us to find
+    if (m, dtype) not in weight.choices:  # 30 us to find
         if len(weight.choices) == _MOST_CHOICES:
             weight.choices.clear()
         weight.choices[m, dtype] = min(
