@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from pbq_kernels import BACKENDS, PackedWeight, Tier, WeightLayout
-from pbq_kernels.cpu import LIBRARY, load_library, variants
+from pbq_kernels.cpu import LIBRARY, UNITS, load_library, variants
 from pbq_kernels.layout import pack_bits
 from pbq_kernels.reference import dequantize
+from pbq_kernels.scales import encoded_scales
 
 SHAPES = ((576, 1536), (2048, 2048), (4096, 4096), (4096, 11008))
 TOKENS = (1, 64)
@@ -34,29 +35,41 @@ MIXES = {
     "1 bit": {1: 1.0},
     "1.61 bits, 1+4": {1: 0.82, 4: 0.18},
     "1.6 bits, 0-4": {0: 0.09, 1: 0.48, 2: 0.24, 3: 0.12, 4: 0.07},
+    "trellises, 0-4": {0: 0.09, 1: 0.48, 2: 0.24, 3: 0.12, 4: 0.07},
 }
 BACKEND_NAMES = ("cpu", "cpu-int8")
 COLD_BYTES = 128 * 2**20
 MOST_ERROR = {"cpu": 1e-5, "cpu-int8": 0.03}
 
 
-def packed_weight(n: int, k: int, mix: dict[int, float]) -> PackedWeight:
+def tier(planes: int, columns: int, mix: str) -> Tier:
+    """With trellises: as the default method makes them."""
+    if not planes or not mix.startswith("trellises"):
+        return Tier(planes, columns)
+    return Tier(planes, columns, tied=True, trellis=12, uneven=planes < 4)
+
+
+def packed_weight(n: int, k: int, mix: str) -> PackedWeight:
     """Random bits in tiers of the mix's shares, columns shuffled."""
     generator = torch.Generator().manual_seed(n + k)
-    columns = {planes: round(share * k) for planes, share in mix.items()}
+    columns = {planes: round(share * k) for planes, share in MIXES[mix].items()}
     columns[1] += k - sum(columns.values())
-    tiers = tuple(Tier(planes, count) for planes, count in columns.items())
-    layout = WeightLayout(n, k, tiers)
+    tiers = tuple(tier(planes, count, mix) for planes, count in columns.items())
+    layout = WeightLayout(n, k, tiers, scale_bits=8 if any(t.uneven for t in tiers) else 16)
     owner = torch.repeat_interleave(torch.tensor(list(columns.values())))
     planes = [
-        torch.randint(2, (n, tier.planes * tier.columns), dtype=torch.uint8, generator=generator)
-        for tier in tiers
+        torch.randint(2, (n, t.planes * t.columns), dtype=torch.uint8, generator=generator)
+        for t in tiers
     ]
     drawn = {
         "weight": torch.cat([pack_bits(bits) for bits in planes], 1),
-        "scale": torch.rand(n, sum(t.scales for t in tiers), generator=generator).half(),
+        "scale": 0.02 + torch.rand(n, sum(t.scales for t in tiers), generator=generator) / 10,
         "tier": owner[torch.randperm(k, generator=generator)].byte(),
     }
+    if layout.scale_bits == 8:
+        drawn["scale"], drawn["scale_exponent"] = encoded_scales(drawn["scale"])
+    else:
+        drawn["scale"] = drawn["scale"].half()
     return PackedWeight(layout, {name: drawn[name] for name in layout.tensors()})
 
 
@@ -94,7 +107,7 @@ def measure(
     n: int, k: int, mix: str, tokens: tuple[int, ...], threads: list[int], rounds: int, least: float
 ) -> Iterator[dict[str, Any]]:
     """One row for each number of tokens, of threads, warm or cold, and backend."""
-    pw = packed_weight(n, k, MIXES[mix])
+    pw = packed_weight(n, k, mix)
     errors = check(pw)
     dense = torch.randn(n, k, dtype=torch.bfloat16)
     sizes = {"bf16": dense.nbytes, **dict.fromkeys(BACKEND_NAMES, pw.stored_bits // 8)}
@@ -145,11 +158,13 @@ def machine(note: str) -> dict[str, Any]:
         lines = cpuinfo.read_text().splitlines()
         names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
         model = names[0] if names else model
+    library = load_library(LIBRARY)
     return {
         "cpu": model,
         "cores": os.cpu_count(),
         "load_average": os.getloadavg(),
-        "variant": variants(load_library(LIBRARY))[0],
+        "variant": variants(library)[0],
+        "unit": UNITS[library.pbq_unit()],
         "torch": torch.__version__,
         "note": note,
     }
@@ -161,14 +176,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--rounds", type=int, default=7, help="a median is taken over these")
     parser.add_argument("--least", type=float, default=0.01, help="seconds of one timing")
-    parser.add_argument("--shape", action="append", help="NxK instead of the four of the docs")
+    parser.add_argument("--shape", nargs="+", help="NxK instead of the four of the docs")
+    parser.add_argument("--mix", nargs="+", default=list(MIXES), choices=list(MIXES))
     parser.add_argument("--note", default="", help="kept in the file: what else the machine did")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu.json")
     args = parser.parse_args()
     shapes = [tuple(map(int, s.split("x"))) for s in args.shape] if args.shape else SHAPES
     rows = []
     print(f"{'weight':>11} {'mix':14} {'m':>4} thr weights  backend        us   bf16 us  ratio")
-    for (n, k), mix in itertools.product(shapes, MIXES):
+    for (n, k), mix in itertools.product(shapes, args.mix):
         for row in measure(n, k, mix, tuple(args.tokens), args.threads, args.rounds, args.least):
             rows.append(row)
             print(

@@ -51,10 +51,13 @@ _RATES = {
 _PRODUCT = {torch.float32: 40.0, torch.bfloat16: 95.0, torch.float16: 1.0}
 _GATHERED, _ADDED = 0.4, 1.0
 _OVERLAY_LOOKUPS, _OVERLAY_DECODING = 1.1, 0.1
-# bfloat16 with tiles (AMX), on a Sapphire Rapids core: decoding and products as above, and what a
-# decoded product takes to begin, in nanoseconds.
-_TILED_DECODING, _TILED_PRODUCT, _TILED_START = 1.5, 500.0, 8e4
-# Up to so many tokens, or multiplications (tokens times weights) without tiles, all is looked up.
+# The units of products.c, and what they make of bfloat16: decoding and products as above. AMX as
+# measured on a Sapphire Rapids core; the other's product is torch's on Zen 4, its decoding a guess.
+UNITS = ("none", "avx512bf16", "amx")
+_UNIT_RATES = {"avx512bf16": (5.0, 90.0), "amx": (6.5, 500.0)}
+# They may pay from so many tokens on.
+_LEAST_UNIT_TOKENS = 5
+# Up to so many tokens, or multiplications (tokens times weights), all is looked up otherwise.
 _MOST_LOOKUP_TOKENS = 31
 _MOST_LOOKUPS = 2**27
 # Numbers of tokens for which a weight remembers what to decode.
@@ -89,7 +92,7 @@ class _Weight(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("stream", "slots", "word_columns")),
         *((name, ctypes.c_int32) for name in ("variant", "trellises")),
         *((name, ctypes.c_void_p) for name in ("group", "data", "scale", "column", "column_scale")),
-        *((f"overlay_{name}", ctypes.c_void_p) for name in ("start", "column", "delta")),
+        *((f"overlay_{name}", ctypes.c_void_p) for name in ("start", "column", "delta", "value")),
     )
 
 
@@ -133,6 +136,10 @@ def _declare(library: ctypes.CDLL) -> None:
         *(pointer, wide, wide, wide, integer, pointer, pointer, pointer, integer)
     ]
     library.pbq_decode.restype = None
+    library.pbq_product_scratch.argtypes = [pointer, wide, integer]
+    library.pbq_product_scratch.restype = wide
+    library.pbq_product.argtypes = [*(pointer, integer, pointer, wide, pointer, pointer, integer)]
+    library.pbq_product.restype = None
     library.pbq_matmul.argtypes = [
         *(pointer, integer, pointer, integer, wide, pointer, integer, integer)
     ]
@@ -170,6 +177,7 @@ class _Overlay:
     start: Tensor  # int64 [n + 1]
     column: Tensor  # int32 [overlay]
     delta: Tensor  # float32 [overlay]
+    value: Tensor  # bfloat16 [overlay]: what they stand for
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,13 +203,16 @@ class CpuWeight:
     scale: Tensor  # float16 [tiles, slots, tile]
     column: Tensor  # int32 [positions of x]
     column_scale: Tensor | None  # float32 [positions of x]
+    unit: str  # of `UNITS`
     overlay: _Overlay | None = None
     overlay_tokens: int = 2**62  # more are quicker decoded with the weight than looked up
 
     def __post_init__(self) -> None:
         self.address = ctypes.addressof(self.whole.struct)
         self._parts: dict[int, tuple[_Part | None, _Part | None]] = {}
-        self.choices: dict[tuple[int, torch.dtype], int] = {}  # of _least_dense_planes
+        # what _least_dense_planes and _by_unit have found
+        self.choices: dict[tuple[int, torch.dtype], int] = {}
+        self.by_unit: dict[int, bool] = {}
 
     def stored_rows(self, rows: Tensor) -> Tensor:
         """The stored planes of rows int64 [r], uint8 [r, row_bytes]: undoes `repack`.
@@ -275,8 +286,10 @@ def repack(pw: PackedWeight, library: ctypes.CDLL, variant: int) -> CpuWeight:
     bits = layout.n * sum(tier.depth * tier.columns for tier in layout.tiers)
     whole = _Part(struct, array, pw.permutation())
     name = variants(library)[variant]
+    unit = UNITS[library.pbq_unit() if name.startswith("avx512") else 0]
     weight = CpuWeight(
-        library, name, layout.n, layout.k, bits, whole, data, scale, column, column_scale
+        *(library, name, layout.n, layout.k, bits, whole, data, scale, column, column_scale),
+        unit,
     )
     if layout.overlay:
         _add_overlay(weight, pw)
@@ -286,12 +299,13 @@ def repack(pw: PackedWeight, library: ctypes.CDLL, variant: int) -> CpuWeight:
 def _add_overlay(weight: CpuWeight, pw: PackedWeight) -> None:
     rows, columns = overlay_positions(pw.layout, pw.tensors)
     delta = pw.tensors["overlay_value"].float() * pw.tensors["overlay_scale"].float()[rows]
+    value = delta.bfloat16()
     start = torch.zeros(weight.n + 1, dtype=torch.int64)
     start[1:] = torch.cumsum(pw.tensors["overlay_count"], 0)
     for tile_rows, tile in _decoded_tiles(weight, weight.whole, torch.float32):
         entries = slice(int(start[tile_rows.start]), int(start[tile_rows.stop]))
         delta[entries] -= tile[rows[entries] - tile_rows.start, columns[entries]]
-    overlay = _Overlay(start, columns.to(torch.int32), delta)
+    overlay = _Overlay(start, columns.to(torch.int32), delta, value)
     weight.overlay = overlay
     decoding = weight.n * weight.k / _RATES[weight.variant][1] + len(delta) / _OVERLAY_DECODING
     weight.overlay_tokens = int(decoding * _OVERLAY_LOOKUPS / len(delta))
@@ -299,6 +313,7 @@ def _add_overlay(weight: CpuWeight, pw: PackedWeight) -> None:
     struct.overlay_start = overlay.start.data_ptr()
     struct.overlay_column = overlay.column.data_ptr()
     struct.overlay_delta = overlay.delta.data_ptr()
+    struct.overlay_value = overlay.value.data_ptr()
 
 
 def _groups(layout: WeightLayout, columns_per_word: int) -> list[_Group]:
@@ -438,8 +453,11 @@ def _multiply(x: Tensor, weight: CpuWeight, mode: int) -> Tensor:
     m = x.numel() // k
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], n))
-    few = m <= _MOST_LOOKUP_TOKENS or (m * n * k <= _MOST_LOOKUPS and not _tiled(weight, x.dtype))
-    if x.dtype in _DTYPES and ((few and m <= weight.overlay_tokens) or mode == _MODES["int8"]):
+    few = m <= _MOST_LOOKUP_TOKENS or m * n * k <= _MOST_LOOKUPS
+    least = _LEAST_UNIT_TOKENS if mode == _MODES["exact"] else _MOST_LOOKUP_TOKENS + 1
+    if m >= least and _by_unit(weight, m, x.dtype):
+        _multiply_by_unit(x, weight, m, y)
+    elif x.dtype in _DTYPES and ((few and m <= weight.overlay_tokens) or mode == _MODES["int8"]):
         _look_up(x, weight, weight.address, mode, m, y)
     else:
         _multiply_many(x.view(m, k), weight, y.view(m, n))
@@ -453,6 +471,32 @@ def _look_up(x: Tensor, weight: CpuWeight, address: int, mode: int, m: int, y: T
         address, mode, x.data_ptr(), _DTYPES[x.dtype], m, y.data_ptr(), _DTYPES[y.dtype], threads
     ):
         raise MemoryError(f"no memory for the lookup tables of {weight.k} columns")
+
+
+def _by_unit(weight: CpuWeight, m: int, dtype: torch.dtype) -> bool:
+    """Is the CPU's unit for bfloat16 quicker than anything else?"""
+    if weight.unit == "none" or dtype != torch.bfloat16:
+        return False
+    if m not in weight.by_unit:
+        if len(weight.by_unit) == _MOST_CHOICES:
+            weight.by_unit.clear()
+        decoding, product = _UNIT_RATES[weight.unit]
+        takes = weight.n * weight.k * (1 / product + 1 / (decoding * m))
+        if weight.overlay:
+            takes += len(weight.overlay.delta) / (_OVERLAY_DECODING * m)
+        other = _least_dense_planes(weight, m, dtype)
+        weight.by_unit[m] = takes <= _nanoseconds(weight, other, m, dtype)
+    return weight.by_unit[m]
+
+
+def _multiply_by_unit(x: Tensor, weight: CpuWeight, m: int, y: Tensor) -> None:
+    """y = x @ W_hat.T by products.c."""
+    threads = min(torch.get_num_threads(), 1 + m * weight.bits // _BITS_PER_THREAD)
+    size = weight.library.pbq_product_scratch(weight.address, m, threads)
+    weight.library.pbq_product(
+        *(weight.address, UNITS.index(weight.unit), x.data_ptr(), m, y.data_ptr()),
+        *(_scratch(size, torch.uint8).data_ptr(), threads),
+    )
 
 
 def _least_dense_planes(weight: CpuWeight, m: int, dtype: torch.dtype) -> int:
@@ -469,23 +513,15 @@ def _least_dense_planes(weight: CpuWeight, m: int, dtype: torch.dtype) -> int:
     return weight.choices[m, dtype]
 
 
-def _tiled(weight: CpuWeight, dtype: torch.dtype) -> bool:
-    """Does torch multiply such numbers by tiles here?"""
-    return dtype == torch.bfloat16 and bool(weight.library.pbq_has_amx())
-
-
 def _nanoseconds(weight: CpuWeight, planes: int, m: int, dtype: torch.dtype) -> float:
     """What one of m tokens takes when groups of at least so many planes are decoded."""
     lookups, decoding = _RATES[weight.variant]
-    product, start = _PRODUCT[dtype], 0.0
-    if _tiled(weight, dtype):
-        decoding, product, start = _TILED_DECODING, _TILED_PRODUCT, _TILED_START
     few, many = weight.parts(planes)
     found = 0.0
     if few:
         found += weight.n * sum(g.planes * g.columns for g in few.groups) / lookups
     if many:
-        found += weight.n * len(many.columns) * (1 / product + 1 / (decoding * m)) + start / m
+        found += weight.n * len(many.columns) * (1 / _PRODUCT[dtype] + 1 / (decoding * m))
     if few and many:
         found += len(many.columns) / _GATHERED + weight.n / _ADDED
     if weight.overlay:

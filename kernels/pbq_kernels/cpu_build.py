@@ -1,4 +1,4 @@
-"""Compiles cpu.c, levels.c and trellis.c into the library that cpu.py loads. Standard library only.
+"""Compiles the C files beside it into the library that cpu.py loads. Standard library only.
 
 The wheel's build hook runs this file where neither torch nor pbq_kernels is installed. In a source
 checkout: `python -m pbq_kernels.cpu_build`.
@@ -20,9 +20,11 @@ SOURCE = Path(__file__).with_name("cpu.c")
 # Flags of a file's own: without these, choosing the less of two costs is not vectorized.
 SOURCES = {
     SOURCE: (),
+    SOURCE.with_name("products.c"): (),
     SOURCE.with_name("levels.c"): (),
     SOURCE.with_name("trellis.c"): ("-ffinite-math-only", "-fno-signed-zeros"),
 }
+HEADER = SOURCE.with_name("weight.h")
 LIBRARY = Path(__file__).with_name("_cpu.so")
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fvisibility=hidden")
 
@@ -33,7 +35,8 @@ class BuildError(RuntimeError):
 
 def source_hash() -> str:
     """Identifies the sources: 16 hex digits. Built into the library, so a stale one is noticed."""
-    return hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES)).hexdigest()[:16]
+    text = b"".join(source.read_bytes() for source in (HEADER, *SOURCES))
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def compiler() -> list[str]:

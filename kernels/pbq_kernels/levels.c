@@ -5,28 +5,10 @@
  * comparing with each: there are few, and any machine compares many columns at once. Variants for
  * AVX2 and AVX-512 take .7 of the time, 1 % of a step: they are not worth having.
  */
-#include <stdint.h>
-#include <string.h>
+#include "weight.h"
 
-#define EXPORT __attribute__((visibility("default")))
-#define INLINE static inline __attribute__((always_inline))
 #define LANES 16
 #define MOST_TIERS 16
-
-INLINE float of_bfloat(uint16_t b) {
-    const uint32_t bits = (uint32_t)b << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-/* To nearest, ties to even. */
-INLINE uint16_t to_bfloat(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded);
-}
 
 INLINE void some_weights(const int lanes, const int8_t *restrict position,
                          const int32_t *restrict tier_of, const float *restrict scale, int tiers,
@@ -38,7 +20,7 @@ INLINE void some_weights(const int lanes, const int8_t *restrict position,
         for (int l = 0; l < lanes; l++) own[l] = tier_of[l] == t ? here : own[l];
     }
 #pragma GCC unroll 1
-    for (int l = 0; l < lanes; l++) out[l] = to_bfloat(own[l] * (float)position[l]);
+    for (int l = 0; l < lanes; l++) out[l] = float_to_bfloat(own[l] * (float)position[l]);
 }
 
 static void row_of_weights(const int8_t *position, const int32_t *tier_of, const float *scale,
@@ -54,7 +36,7 @@ INLINE void some_gradients(const int lanes, const int8_t *restrict position,
                            int tiers, float (*restrict sum)[LANES]) {
     float product[LANES];
 #pragma GCC unroll 1
-    for (int l = 0; l < lanes; l++) product[l] = of_bfloat(gradient[l]) * (float)position[l];
+    for (int l = 0; l < lanes; l++) product[l] = bfloat_to_float(gradient[l]) * (float)position[l];
     for (int t = 0; t < tiers; t++)
 #pragma GCC unroll 1
         for (int l = 0; l < lanes; l++) sum[t][l] += tier_of[l] == t ? product[l] : 0;

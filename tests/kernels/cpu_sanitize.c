@@ -5,6 +5,11 @@
 
 #include "cpu.c"
 
+int pbq_unit(void);
+int64_t pbq_product_scratch(const Weight *w, int64_t m, int threads);
+void pbq_product(const Weight *w, int unit, const uint16_t *x, int64_t m, uint16_t *y, void *scratch,
+                 int threads);
+
 #define GROUPS 8
 
 typedef struct {
@@ -74,6 +79,30 @@ static int32_t *columns_of(const Weight *w, const Group *groups) {
   return column;
 }
 
+/* By products.c, whose weights are rounded, against lookups: without the overlay, of which only the
+ * bounds are looked at. */
+static void check_products(const Weight *w, const char *x, int64_t m, int threads) {
+  const int64_t count = m * w->n;
+  uint16_t *y = malloc(count * sizeof *y), *sums = malloc(count * sizeof *sums);
+  Weight plain = *w;
+  plain.overlay_start = NULL;
+  if (pbq_matmul(&plain, EXACT, x, BFLOAT16, m, sums, BFLOAT16, 1)) exit(2);
+  for (int unit = 1; unit <= pbq_unit(); unit++) {
+    void *scratch = aligned_alloc(64, pbq_product_scratch(w, m, threads));
+    pbq_product(w, unit, (const uint16_t *)x, m, y, scratch, threads);
+    pbq_product(&plain, unit, (const uint16_t *)x, m, y, scratch, threads);
+    float error = 0, most = 1e-30f;
+    for (int64_t i = 0; i < count; i++) {
+      const float sum = load(sums, i, BFLOAT16), off = fabsf(load(y, i, BFLOAT16) - sum);
+      if (!(off <= error)) error = off;
+      if (fabsf(sum) > most) most = fabsf(sum);
+    }
+    if (!(error <= 0x1p-6f * most)) exit(6);
+    free(scratch);
+  }
+  free(y), free(sums);
+}
+
 /* y [m, n] and dense [n, k] (or NULL), both in fp32; x[m - 1, 0] is `last` where that is not 0. */
 static void run(const Case *c, int index, int threads, float last, float *y, float *dense) {
   const int64_t n = c->n, m = c->m;
@@ -99,10 +128,12 @@ static void run(const Case *c, int index, int threads, float last, float *y, flo
   int64_t *overlay_start = malloc(sizeof(int64_t) * (n + 1));
   int32_t *overlay_column = malloc(sizeof(int32_t) * n);
   float *overlay_delta = malloc(sizeof(float) * n);
+  uint16_t *overlay_value = malloc(sizeof(uint16_t) * n);
   for (int64_t row = 0; row < n; row++) {
     overlay_start[row] = row;
     overlay_column[row] = (int32_t)(noise() % (uint32_t)w.k);
     overlay_delta[row] = uniform();
+    overlay_value[row] = 0;
   }
   overlay_start[n] = n;
   char *x = malloc(m * w.k * element), *out = malloc(m * n * element);
@@ -117,10 +148,13 @@ static void run(const Case *c, int index, int threads, float last, float *y, flo
   w.overlay_start = overlay_start;
   w.overlay_column = overlay_column;
   w.overlay_delta = overlay_delta;
+  w.overlay_value = overlay_value;
   pbq_repack(&w, stored, data, threads);
   w.data = exactly(data, tiles * w.stream * w.tile * 4);
   if (pbq_matmul(&w, c->mode, x, dtype, m, out, dtype, threads)) exit(2);
   for (int64_t i = 0; i < m * n; i++) y[i] = load(out, i, dtype);
+  if (dtype == BFLOAT16 && c->mode == EXACT && w.word_columns == WORD && last == 0)
+    check_products(&w, x, m, threads);
   char *decoded = malloc(n * w.k * element), *line = malloc(threads * w.k * element);
   int64_t *to = malloc(w.k * sizeof(int64_t));
   for (int64_t i = 0; i < w.k; i++) to[i] = w.k - 1 - i;
@@ -150,7 +184,8 @@ static void run(const Case *c, int index, int threads, float last, float *y, flo
 
   void *all[] = {(void *)w.group, stored,         scale,         x,    out,
                  overlay_start,   overlay_column, overlay_delta, data, (void *)w.column,
-                 (void *)w.scale, (void *)w.data, decoded,       line, to, rows};
+                 (void *)w.scale, (void *)w.data, decoded,       line, to,   rows,
+                 overlay_value};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 

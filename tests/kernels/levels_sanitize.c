@@ -27,7 +27,7 @@ int main(void) {
                     double sum = 0, size_of = 1e-6;
                     for (int64_t c = t; c < k; c += tiers) {
                         const double exact = (double)scale[r * tiers + t] * position[r * k + c];
-                        const double made = of_bfloat(out[r * k + c]);
+                        const double made = bfloat_to_float(out[r * k + c]);
                         if (fabs(made - exact) > fabs(exact) / 256) return 1;
                         sum += made * position[r * k + c], size_of += fabs(made * position[r * k + c]);
                     }
@@ -37,7 +37,7 @@ int main(void) {
             checked++;
         }
     /* what is no number stays none, and what is too large becomes infinite */
-    if (!isnan(of_bfloat(to_bfloat(NAN))) || !isinf(of_bfloat(to_bfloat(3.4e38f)))) return 3;
+    if (!isnan(bfloat_to_float(float_to_bfloat(NAN))) || !isinf(bfloat_to_float(float_to_bfloat(3.4e38f)))) return 3;
     printf("%d cases\n", checked);
     return 0;
 }

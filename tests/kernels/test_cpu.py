@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -271,6 +270,7 @@ def test_many_tokens_split_by_planes(
     monkeypatch.setattr(cpu, "_MOST_LOOKUP_TOKENS", 0)
     monkeypatch.setattr(cpu, "_MOST_LOOKUPS", 0)
     monkeypatch.setattr(cpu, "_least_dense_planes", lambda *_: planes)
+    monkeypatch.setattr(cpu, "_by_unit", lambda *_: False)
     exact = x.double() @ dequantize(pw).double().T
     assert relative_error(backend.matmul(x, weight), exact) < 1e-6
     # bf16: the dense part of the weight is rounded, and its product before it is added
@@ -283,7 +283,6 @@ def test_how_many_planes_are_worth_decoding(
 ) -> None:
     weight = repack(random_packed(32, 64, (Tier(1, 40), Tier(4, 24))), library, 0)
     weight.variant = "avx512vnni"
-    monkeypatch.setattr(weight, "library", types.SimpleNamespace(pbq_has_amx=lambda: 0))
     # 136 bits a row at 135e9 a second; decoded, 64 weights at 95e9 and, shared by m, at 2e9
     assert cpu._nanoseconds(weight, 5, 100, torch.bfloat16) == pytest.approx(32 * 136 / 135)
     assert cpu._nanoseconds(weight, 0, 100, torch.bfloat16) == pytest.approx(
@@ -295,16 +294,6 @@ def test_how_many_planes_are_worth_decoding(
     assert chosen == [5, 5, 0]
     assert cpu._least_dense_planes(weight, 4096, torch.float16) == 5
     assert cpu._least_dense_planes(weight, 4096, torch.float64) == 0  # no lookups in float64
-    weight.choices.clear()
-    # by tiles at 500e9, decoded at 1.5e9 behind 80 us
-    monkeypatch.setattr(weight, "library", types.SimpleNamespace(pbq_has_amx=lambda: 1))
-    assert cpu._nanoseconds(weight, 0, 100, torch.bfloat16) == pytest.approx(
-        32 * 64 * (1 / 500 + 1 / 150) + 800
-    )
-    assert (
-        cpu._least_dense_planes(weight, 64, torch.bfloat16) == 5
-    )  # so small a layer is not worth it
-    assert cpu._least_dense_planes(weight, 1 << 16, torch.bfloat16) == 0
     for m in range(100, 300):
         cpu._least_dense_planes(weight, m, torch.bfloat16)
     assert len(weight.choices) <= 64
@@ -313,37 +302,23 @@ def test_how_many_planes_are_worth_decoding(
     )
 
 
-@pytest.mark.parametrize(
-    "amx, dtype, decodes",
-    [(1, torch.bfloat16, True), (1, torch.float32, False), (0, torch.bfloat16, False)],
-)
-def test_without_tiles_few_multiplications_are_looked_up(
-    amx: int,
-    dtype: torch.dtype,
-    decodes: bool,
-    random_packed: RandomPacked,
-    library: ctypes.CDLL,
-    monkeypatch: pytest.MonkeyPatch,
+def test_few_multiplications_are_looked_up(
+    random_packed: RandomPacked, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = repack(random_packed(256, 256, (Tier(2, 256),)), library, 0)
-    monkeypatch.setattr(cpu, "_tiled", lambda weight, dtype: bool(amx) and dtype == torch.bfloat16)
     asked: list[int] = []
     monkeypatch.setattr(cpu, "_multiply_many", lambda x, weight, y: asked.append(len(x)))
-    for m in (31, 32, 2048):  # 2048 tokens are 2**27 multiplications
-        cpu._multiply(torch.zeros(m, 256, dtype=dtype), weight, 0)
-    assert asked == ([32, 2048] if decodes else [])
+    for m in (31, 32, 2048, 2049):  # 2048 tokens are 2**27 multiplications
+        cpu._multiply(torch.zeros(m, 256), weight, 0)
+    assert asked == [2049]
 
 
-def test_many_overlay_entries_are_worth_decoding(
-    random_packed: RandomPacked, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_overlay_entries_are_worth_decoding(random_packed: RandomPacked) -> None:
     few, many = (
         CpuBackend("cpu").prepare(random_packed(256, 512, (Tier(1, 512),), overlay=share))
         for share in (0.002, 0.1)
     )
     assert few.overlay_tokens > 100 and 5 < many.overlay_tokens < 30
-    for weight in (few, many):  # with AMX everything is
-        monkeypatch.setattr(weight, "library", types.SimpleNamespace(pbq_has_amx=lambda: 0))
     assert cpu._least_dense_planes(few, 64, torch.bfloat16) > 0
     assert cpu._least_dense_planes(many, 1, torch.bfloat16) > 0
     assert cpu._least_dense_planes(many, 64, torch.bfloat16) == 0
@@ -428,6 +403,7 @@ def test_parts_of_a_weight_with_trellises(
     monkeypatch.setattr(cpu, "_MOST_LOOKUP_TOKENS", 0)
     monkeypatch.setattr(cpu, "_MOST_LOOKUPS", 0)
     monkeypatch.setattr(cpu, "_least_dense_planes", lambda *_: planes)
+    monkeypatch.setattr(cpu, "_by_unit", lambda *_: False)
     for dtype in (torch.float32, torch.bfloat16):
         native, plain = (
             backend.matmul(x.to(dtype), backend.prepare(form)) for form in (pw, pw.plain())
@@ -616,6 +592,12 @@ def test_loading_brings_no_second_openmp_runtime(library_path: Path, tmp_path: P
     assert runtimes() == before and before
 
 
+def with_products(source: Path) -> list[str]:
+    """What a program of the sanitizer is made of: it includes the file that it tests."""
+    products = [str(cpu_build.SOURCE.with_name("products.c"))]
+    return [str(source), *(products if source.stem == "cpu_sanitize" else [])]
+
+
 @pytest.mark.parametrize("name, least", [("cpu", 270), ("levels", 20), ("trellis", 60)])
 def test_sanitizers(tmp_path: Path, name: str, least: int) -> None:
     """The kernels over exactly sized buffers, built with -fsanitize=address,undefined."""
@@ -628,7 +610,7 @@ def test_sanitizers(tmp_path: Path, name: str, least: int) -> None:
     source = Path(__file__).with_name(f"{name}_sanitize.c")
     folder = f"-I{cpu_build.SOURCE.parent}"
     built = subprocess.run(
-        [*compiler, *flags.split(), folder, str(source), "-o", str(program), "-lm"],
+        [*compiler, *flags.split(), folder, *with_products(source), "-o", str(program), "-lm"],
         capture_output=True,
         text=True,
     )
@@ -656,7 +638,9 @@ def test_arm_under_emulation(tmp_path: Path, name: str, cases: int) -> None:
     if subprocess.run([*command, str(empty), "-o", str(program)], capture_output=True).returncode:
         pytest.skip(f"{compiler} comes without a C library")
     source, folder = Path(__file__).with_name(f"{name}_sanitize.c"), f"-I{cpu_build.SOURCE.parent}"
-    subprocess.run([*command, folder, str(source), "-o", str(program), "-lm"], check=True)
+    subprocess.run(
+        [*command, folder, *with_products(source), "-o", str(program), "-lm"], check=True
+    )
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run([emulator, str(program)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,176 @@
+"""products.c: weights decoded for the CPU's bfloat16 units, to the bit; and when they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from pbq_kernels import PackedWeight, Tier, cpu
+from pbq_kernels.cpu import CpuBackend, CpuWeight
+from pbq_kernels.reference import dequantize
+
+RandomPacked = Callable[..., PackedWeight]
+BFLOAT16 = torch.bfloat16
+
+
+def trellises(memory: int, *columns: int) -> tuple[Tier, ...]:
+    """Tiers of 0, 1, 2, ... stored planes, uneven up to 3, as waterfill makes them."""
+    return (
+        Tier(0, columns[0]),
+        *(
+            Tier(planes, c, tied=True, trellis=memory, uneven=planes < 4)
+            for planes, c in enumerate(columns[1:], 1)
+        ),
+    )
+
+
+# One weight, rows and columns that fill no block, every way to make a level: without planes, tied
+# or not, with an offset, more planes than registers hold levels; groups that fill no word.
+SHAPES: dict[str, tuple[int, int, tuple[Tier, ...]]] = {
+    "one weight": (1, 1, (Tier(1, 1),)),
+    "one column": (192, 1, (Tier(4, 1, tied=True, offset=True),)),
+    "one row": (1, 577, (Tier(1, 477), Tier(4, 100))),
+    "nothing but offsets": (33, 63, (Tier(0, 40), Tier(0, 23, offset=True))),
+    "free planes": (65, 320, (Tier(1, 31), Tier(2, 97), Tier(3, 65), Tier(4, 50), Tier(5, 77))),
+    "tied planes": (31, 150, tuple(Tier(p, 30, tied=True) for p in (1, 2, 3, 4, 5))),
+    "offsets": (40, 160, tuple(Tier(p, 40, offset=True, group_size=33) for p in (1, 2, 3, 4))),
+    "many planes": (33, 63, (Tier(8, 33, tied=True, offset=True), Tier(6, 30))),
+    "trellises": (130, 577, trellises(12, 50, 277, 138, 70, 42)),
+    "large": (1090, 63, trellises(8, 3, 60)),
+}
+
+
+def prepared(pw: PackedWeight, unit: str) -> CpuWeight:
+    """Skips where the machine has no such unit."""
+    weight = CpuBackend("cpu").prepare(pw)
+    if weight.unit == "none" or (unit, weight.unit) == ("amx", "avx512bf16"):
+        pytest.skip(f"this CPU or its library has no {unit}")
+    weight.unit = unit
+    return weight
+
+
+def product(x: Tensor, weight: CpuWeight) -> Tensor:
+    y = torch.full((len(x), weight.n), torch.nan, dtype=BFLOAT16)
+    cpu._multiply_by_unit(x, weight, len(x), y)
+    return y
+
+
+def random_x(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
+@pytest.fixture(autouse=True)
+def threads() -> object:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["avx512bf16", "amx"])
+def unit(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("column_scale, overlay", [(False, 0.0), (True, 0.0), (False, 0.07)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weights_are_those_of_the_reference_to_the_bit(
+    shape: str, column_scale: bool, overlay: float, unit: str, random_packed: RandomPacked
+) -> None:
+    """x of a single one gives a column of the weight, which bfloat16 holds as it is."""
+    n, k, tiers = SHAPES[shape]
+    pw = random_packed(n, k, tiers, column_scale=column_scale, overlay=overlay)
+    found = product(torch.eye(k, dtype=BFLOAT16), prepared(pw, unit)).T
+    assert torch.equal(found, dequantize(pw, BFLOAT16))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sums_are_rounded_once(shape: str, unit: str, random_packed: RandomPacked) -> None:
+    n, k, tiers = SHAPES[shape]
+    pw = random_packed(n, k, tiers)
+    weight, dense = prepared(pw, unit), dequantize(pw, BFLOAT16).double()
+    for m in (1, 5, 16, 17, 32, 50):
+        x = random_x(m, k)
+        exact, size = x.double() @ dense.T, x.double().abs() @ dense.abs().T
+        error = (product(x, weight).double() - exact).abs()
+        assert (error <= 2**-8 * exact.abs() + 1e-6 * size).all(), m
+
+
+def test_more_tokens_than_are_laid_out_at_once(unit: str, random_packed: RandomPacked) -> None:
+    pw = random_packed(70, 100, (Tier(2, 100),))
+    weight, x = prepared(pw, unit), random_x(2100, 100)
+    assert torch.equal(
+        product(x, weight), torch.cat([product(part, weight) for part in x.split(300)])
+    )
+
+
+def test_neither_threads_nor_neighbours_change_a_bit(
+    unit: str, random_packed: RandomPacked
+) -> None:
+    weight = prepared(random_packed(1090, 577, trellises(12, 50, 277, 138, 70, 42)), unit)
+    x = random_x(100, 577)
+    torch.set_num_threads(1)
+    alone = torch.cat([product(row, weight) for row in x.split(1)])
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        for m in (1, 7, 33, 100):
+            assert torch.equal(product(x[:m], weight), alone[:m]), (threads, m)
+
+
+def test_what_is_not_finite_stays_in_its_row(unit: str, random_packed: RandomPacked) -> None:
+    weight = prepared(random_packed(40, 97, (Tier(1, 97),)), unit)
+    x = random_x(20, 97)
+    x[3, 5], x[7, 96] = torch.inf, torch.nan
+    y = product(x, weight)
+    broken = torch.zeros(20, dtype=torch.bool)
+    broken[[3, 7]] = True
+    assert torch.equal(~y.isfinite().any(1), broken) and y[~broken].isfinite().all()
+
+
+def test_torch_keeps_its_own_tiles(random_packed: RandomPacked) -> None:
+    """AMX is configured by each thread: what torch has set must be there when it goes on."""
+    weight = prepared(random_packed(64, 96, (Tier(2, 96),)), "amx")
+    x, other, matrix = random_x(40, 96), random_x(40, 320), random_x(320, 200)
+    y, expected = product(x, weight), other @ matrix
+    for _ in range(20):
+        assert torch.equal(other @ matrix, expected)
+        assert torch.equal(product(x, weight), y)
+
+
+def test_the_quickest_way_is_chosen(random_packed: RandomPacked) -> None:
+    weight = CpuBackend("cpu").prepare(random_packed(64, 96, (Tier(1, 50), Tier(4, 46))))
+    weight.variant = "avx512vnni"
+    # of a weight: lookups of 2.44 planes at 135e9 a second, or decoding at 6.5e9 and 500e9
+    planes = (50 + 4 * 46) / 96
+    from_tokens = (1 / 6.5) / (planes / 135 - 1 / 500)
+    weight.unit = "amx"
+    chosen = [cpu._by_unit(weight, m, BFLOAT16) for m in range(1, 40)]
+    assert chosen == [m >= from_tokens for m in range(1, 40)] and True in chosen
+    assert not cpu._by_unit(weight, 4096, torch.float32)
+    for m in range(100, 300):
+        cpu._by_unit(weight, m, BFLOAT16)
+    assert len(weight.by_unit) <= 64
+    weight.unit = "none"
+    assert not cpu._by_unit(weight, 4096, BFLOAT16)
+
+
+@pytest.mark.parametrize(
+    "mode, by_unit", [("exact", [False, True, True]), ("int8", [False, False, True])]
+)
+def test_which_products_the_unit_makes(
+    mode: str,
+    by_unit: list[bool],
+    random_packed: RandomPacked,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = CpuBackend("cpu", mode)
+    weight = backend.prepare(random_packed(64, 96, (Tier(4, 96),)))
+    monkeypatch.setattr(cpu, "_by_unit", lambda weight, m, dtype: dtype == BFLOAT16)
+    asked: list[int] = []
+    monkeypatch.setattr(cpu, "_multiply_by_unit", lambda x, weight, m, y: asked.append(m))
+    for m in (4, 31, 32):
+        backend.matmul(random_x(m, 96), weight)
+        backend.matmul(random_x(m, 96).float(), weight)
+    assert asked == [m for m, chosen in zip((4, 31, 32), by_unit, strict=True) if chosen]
