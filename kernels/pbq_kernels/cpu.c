@@ -851,8 +851,9 @@ INLINE AVX512 void filter_planes_avx512(const int R, const int planes, const Gro
   }
 }
 
-__attribute__((noinline)) AVX512 void pbq_expand_avx512(const Weight *w, int64_t tile, const Group *g, int first, int rows,
-                              int begin, int end, Planes *to) {
+__attribute__((noinline)) AVX512 void pbq_expand_avx512(const Weight *w, int64_t tile,
+                                                        const Group *g, int first, int rows,
+                                                        int begin, int end, Planes *to) {
   const Filter f = filter_of(w, tile, g, first, rows, begin, end, to);
   const uint32_t *above = f.path - EDGE;
   if (!first) above = tile ? f.path - (int64_t)w->stream * w->tile + w->tile - EDGE : NULL;
@@ -1016,7 +1017,8 @@ INLINE AVX512 __m512i four_columns(const int8_t *q) {
       for (int begin = 0, end; begin < g->words; begin = end) {                                    \
         const int8_t *q = a->q + (int64_t)(g->first_word + begin) * WORD;                          \
         end = g->words;                                                                            \
-        if (trellises) end = take_words(pbq_expand_avx512, w, tile, g, first, 16 * R, begin, &planes); \
+        if (trellises)                                                                             \
+          end = take_words(pbq_expand_avx512, w, tile, g, first, 16 * R, begin, &planes);          \
         for (int p = 0; p < g->planes; p++) {                                                      \
           const uint32_t *data = trellises ? planes.data[p] : plane_words(w, tile, g, p) + first;  \
           const int stride = trellises ? planes.stride[p] : w->tile;                               \

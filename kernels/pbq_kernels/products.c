@@ -3,8 +3,8 @@
  * Weights are rounded to bfloat16 as the reference rounds them. 32 rows are decoded at a time, a
  * column of them in one register: a row's levels lie in as many registers as there are, and each
  * bit plane chooses between two of them for all rows. Columns are then put side by side in pairs,
- * as the units read them, in blocks of 32 columns (a word) of 16 rows. Half a megabyte of them is
- * all there ever is of the dense weight, for k up to 4096.
+ * as the units read them, in blocks of 32 columns (a word) of 16 rows. A thread never holds more of
+ * the dense weight than 768 KiB, or 32 rows where those are more.
  *
  * A sum goes through its columns in one order, whatever the tokens beside it and the threads.
  */
@@ -24,7 +24,7 @@ enum { NO_UNIT, DOTS, TILES }; /* mirrors UNITS in cpu.py */
 #define ROWS 32             /* decoded in one register; two blocks side by side */
 #define TOKENS 32           /* multiplied at once: two blocks */
 #define MOST_TOKENS 1024    /* whose x is laid out at once */
-#define PANEL (384 * 1024)  /* weights that are decoded at once stay in the second cache */
+#define PANEL (384 * 1024)  /* weights, decoded at once: they stay in the second cache */
 #define MOST_LEVELS 16      /* of a row, that registers have room for */
 
 #define AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
@@ -32,8 +32,8 @@ enum { NO_UNIT, DOTS, TILES }; /* mirrors UNITS in cpu.py */
 #define AMX __attribute__((target(AVX512 ",amx-tile,amx-bf16")))
 
 typedef struct {
-  int words; /* of 32 columns */
-  int panel; /* rows decoded at once */
+  int words;        /* of 32 columns */
+  int panel;        /* rows decoded at once */
   uint16_t *x;      /* [ceil(tokens / SIDE)][words][SIDE tokens][WORD] */
   uint16_t *column; /* [threads][words * WORD][ROWS]: see `in_lanes` */
   uint16_t *weight; /* [threads][panel / ROWS][words][2][SIDE pairs][SIDE rows][2] */
@@ -50,7 +50,8 @@ static VECTOR void lay_out_tokens(const Weight *w, const Buffers *b, const uint1
   for (int64_t t = 0; t < SIDE; t++, x += w->k)
     for (int64_t word = 0; word < b->words; word++) {
       const __mmask32 some = t < tokens ? first_of(w->k - word * WORD) : 0;
-      _mm512_storeu_si512(to + word * BLOCK + t * WORD, _mm512_maskz_loadu_epi16(some, x + word * WORD));
+      const __m512i here = _mm512_maskz_loadu_epi16(some, x + word * WORD);
+      _mm512_storeu_si512(to + word * BLOCK + t * WORD, here);
     }
 }
 
@@ -250,8 +251,7 @@ static VECTOR void dots(int T, int words, const uint16_t *x, int64_t x_step,
     const uint16_t *tokens = x + part / 2 * x_step + part % 2 * (BLOCK / 2);
     __m512 acc[8][2];
     for (int t = 0; t < 8; t++)
-      for (int r = 0; r < 2; r++)
-        acc[t][r] = _mm512_setzero_ps();
+      for (int r = 0; r < 2; r++) acc[t][r] = _mm512_setzero_ps();
     for (int word = 0; word < words; word++)
       for (int j = 0; j < SIDE; j++) {
         const uint16_t *pairs = weight + (int64_t)word * 2 * BLOCK + j * WORD;
