@@ -30,7 +30,6 @@
 #else
 #define IN_ORDER(accumulator) __asm__("" : "+v"(accumulator))
 #endif
-#define MOST_RUNS 8 /* of columns in rising order: five tiers, or a few with groups of columns */
 #define TOKENS 4 /* multiplied at once, while so many are left */
 
 enum { EXACT, INT8 };
@@ -1149,22 +1148,21 @@ static AVX512 void decode_row_avx512(const Weight *w, int64_t row, int dtype, vo
     decode_row_generic_avx512(w, row, dtype, out);
 }
 
-/* A row in stored order [columns] put where its columns belong, 32 at a time. mask[block][run]: which
- * of a block's columns are the next of a run, of columns in rising order; begin[run]: its first. */
+/* A row in stored order [k] put where its columns belong, 32 at a time. */
 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2"))) static void merge_row(
-    const uint16_t *row, const uint32_t *mask, const int64_t *begin, int runs, int64_t columns,
-    uint16_t *out) {
+    const Weight *w, const uint16_t *row, uint16_t *out) {
   const uint16_t *next[MOST_RUNS];
-  for (int r = 0; r < runs; r++) next[r] = row + begin[r];
-  for (int64_t c = 0; c < columns; c += 32, mask += MOST_RUNS) {
+  const uint32_t *mask = w->run_mask;
+  for (int r = 0; r < w->runs; r++) next[r] = row + w->run_begin[r];
+  for (int64_t c = 0; c < w->k; c += 32, mask += MOST_RUNS) {
     __m512i values = _mm512_setzero_si512();
-    for (int r = 0; r < runs; r++) {
+    for (int r = 0; r < w->runs; r++) {
       const int count = __builtin_popcount(mask[r]);
       const __mmask32 some = (__mmask32)((1ull << count) - 1);
       values = _mm512_mask_expand_epi16(values, mask[r], _mm512_maskz_loadu_epi16(some, next[r]));
       next[r] += count;
     }
-    const __mmask32 kept = columns - c < 32 ? (1u << (columns - c)) - 1 : UINT32_MAX;
+    const __mmask32 kept = w->k - c < 32 ? (1u << (w->k - c)) - 1 : UINT32_MAX;
     _mm512_mask_storeu_epi16(out + c, kept, values);
   }
 }
@@ -1502,22 +1500,18 @@ INLINE void scatter(const char *restrict from, const int64_t *restrict to, int64
       ((uint16_t *)out)[to[c]] = ((const uint16_t *)from)[c];
 }
 
-/* For merge_row: masks of a permutation of few runs, as those of a few tiers are, for the caller to
- * free; NULL where there are more, or no memory. */
-static uint32_t *masks_of(const int64_t *to, int64_t columns, int64_t *begin, int *runs) {
-  uint32_t *mask = calloc((size_t)(columns + 31) / 32 * MOST_RUNS, sizeof *mask);
-  *runs = 0;
-  for (int64_t c = 0; mask && c < columns; c++) {
-    if (c == 0 || to[c] < to[c - 1]) {
-      if (*runs == MOST_RUNS) {
-        free(mask);
-        return NULL;
-      }
-      begin[(*runs)++] = c;
+/* Weight.run_mask, zero where it is given, and run_begin of columns in stored order. Returns
+ * Weight.runs. */
+EXPORT int pbq_runs(const int64_t *column, int64_t columns, uint32_t *mask, int64_t *begin) {
+  int runs = 0;
+  for (int64_t c = 0; c < columns; c++) {
+    if (c == 0 || column[c] < column[c - 1]) {
+      if (runs == MOST_RUNS) return 0;
+      begin[runs++] = c;
     }
-    mask[to[c] / 32 * MOST_RUNS + *runs - 1] |= 1u << to[c] % 32;
+    mask[column[c] / 32 * MOST_RUNS + runs - 1] |= 1u << column[c] % 32;
   }
-  return mask;
+  return runs;
 }
 
 /* Whether merge_row runs here, and goes with the variant that was asked for. */
@@ -1536,9 +1530,7 @@ EXPORT void pbq_decode(const Weight *w, int64_t row, int64_t rows, int64_t colum
                        const int64_t *to, void *line, void *out, int threads) {
   const Variant *v = variant(w->variant);
   const int64_t size = size_of(dtype), row_size = columns * size;
-  int64_t begin[MOST_RUNS];
-  int runs = 0;
-  uint32_t *mask = to && size == 2 && merges(v) ? masks_of(to, columns, begin, &runs) : NULL;
+  const int merged = size == 2 && w->runs && merges(v);
   (void)threads; /* without OpenMP */
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -1549,8 +1541,8 @@ EXPORT void pbq_decode(const Weight *w, int64_t row, int64_t rows, int64_t colum
       v->decode_row(w, row + i, dtype, to ? mine : there);
       if (!to) continue;
 #ifdef __x86_64__
-      if (mask) {
-        merge_row((const uint16_t *)mine, mask, begin, runs, columns, (uint16_t *)there);
+      if (merged) {
+        merge_row(w, (const uint16_t *)mine, (uint16_t *)there);
         continue;
       }
 #endif
@@ -1560,7 +1552,6 @@ EXPORT void pbq_decode(const Weight *w, int64_t row, int64_t rows, int64_t colum
         scatter(mine, to, columns, 2, there);
     }
   }
-  free(mask);
 }
 
 INLINE void gather_as(const int32_t *restrict column, const void *restrict x, int dtype,

@@ -37,6 +37,7 @@ BUILD = "`python -m pbq_kernels.cpu_build` builds it where there is a C compiler
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MODES = {"exact": 0, "int8": 1}
 _WORD = 32  # positions of x kept for one weight word
+_MOST_RUNS = 8  # of x's columns in rising order
 # What `_nanoseconds` adds up, in 1e9 a second on one thread of a Zen 4 core: lookups of one plane
 # (multiplications), decoding (weights), torch's matrix products (multiplications), choosing columns
 # of x and adding to its products (numbers), overlay entries (of a token, and of a decoded weight).
@@ -54,7 +55,7 @@ _OVERLAY_LOOKUPS, _OVERLAY_DECODING = 1.1, 0.1
 # The units of products.c, and what they make of bfloat16: decoding and products as above. AMX as
 # measured on a Sapphire Rapids core; the other's product is torch's on Zen 4, its decoding a guess.
 UNITS = ("none", "avx512bf16", "amx")
-_UNIT_RATES = {"avx512bf16": (5.0, 90.0), "amx": (6.5, 500.0)}
+_UNIT_RATES = {"avx512bf16": (6.0, 90.0), "amx": (8.5, 480.0)}
 # They may pay from so many tokens on.
 _LEAST_UNIT_TOKENS = 5
 # Up to so many tokens, or multiplications (tokens times weights), all is looked up otherwise.
@@ -93,6 +94,9 @@ class _Weight(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("variant", "trellises")),
         *((name, ctypes.c_void_p) for name in ("group", "data", "scale", "column", "column_scale")),
         *((f"overlay_{name}", ctypes.c_void_p) for name in ("start", "column", "delta", "value")),
+        ("run_mask", ctypes.c_void_p),
+        ("run_begin", ctypes.c_int64 * _MOST_RUNS),
+        ("runs", ctypes.c_int32),
     )
 
 
@@ -136,6 +140,7 @@ def _declare(library: ctypes.CDLL) -> None:
         *(pointer, wide, wide, wide, integer, pointer, pointer, pointer, integer)
     ]
     library.pbq_decode.restype = None
+    library.pbq_runs.argtypes = [pointer, wide, pointer, pointer]
     library.pbq_product_scratch.argtypes = [pointer, wide, integer]
     library.pbq_product_scratch.restype = wide
     library.pbq_product.argtypes = [*(pointer, integer, pointer, wide, pointer, pointer, integer)]
@@ -203,6 +208,7 @@ class CpuWeight:
     scale: Tensor  # float16 [tiles, slots, tile]
     column: Tensor  # int32 [positions of x]
     column_scale: Tensor | None  # float32 [positions of x]
+    run_mask: Tensor  # int32 [ceil(k / 32), _MOST_RUNS]
     unit: str  # of `UNITS`
     overlay: _Overlay | None = None
     overlay_tokens: int = 2**62  # more are quicker decoded with the weight than looked up
@@ -285,11 +291,17 @@ def repack(pw: PackedWeight, library: ctypes.CDLL, variant: int) -> CpuWeight:
     )
     bits = layout.n * sum(tier.depth * tier.columns for tier in layout.tiers)
     whole = _Part(struct, array, pw.permutation())
+    run_mask = torch.zeros(math.ceil(layout.k / 32), _MOST_RUNS, dtype=torch.int32)
+    struct.run_mask = run_mask.data_ptr()
+    struct.runs = library.pbq_runs(
+        *(whole.columns.data_ptr(), layout.k, run_mask.data_ptr()),
+        ctypes.addressof(struct) + _Weight.run_begin.offset,
+    )
     name = variants(library)[variant]
     unit = UNITS[library.pbq_unit() if name.startswith("avx512") else 0]
     weight = CpuWeight(
         *(library, name, layout.n, layout.k, bits, whole, data, scale, column, column_scale),
-        unit,
+        *(run_mask, unit),
     )
     if layout.overlay:
         _add_overlay(weight, pw)

@@ -24,6 +24,7 @@ static int omp_get_thread_num(void) { return 0; }
 #define WORD 32  /* positions of x kept for one weight word; AVX2 leaves the last two empty */
 #define MAX_TILE 64
 #define MAX_PLANES 8
+#define MOST_RUNS 8 /* of columns in rising order: five tiers, or a few with groups of columns */
 #define EDGE 16 /* rows above a tile that its planes may be made of: 12, and whole registers */
 /* Words of a trellis whose planes are made at once: they stay in the first cache. */
 #ifdef __aarch64__
@@ -68,6 +69,11 @@ typedef struct {
   const int32_t *overlay_column; /* of x */
   const float *overlay_delta;    /* what the entry adds to the weight below it */
   const uint16_t *overlay_value; /* bfloat16: what it stands for */
+  /* x's columns in stored order are `runs` runs in rising order, or runs is 0: which of 32 columns
+   * are the next of a run, [ceil(k / 32), MOST_RUNS], and where in stored order it begins. */
+  const uint32_t *run_mask;
+  int64_t run_begin[MOST_RUNS];
+  int32_t runs;
 } Weight;
 
 /* --- numbers -------------------------------------------------------------------------------- */

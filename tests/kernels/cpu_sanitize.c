@@ -69,13 +69,22 @@ static int add_groups(Weight *w, Group *groups, const Tier *tiers, int count) {
   return n;
 }
 
-static int32_t *columns_of(const Weight *w, const Group *groups) {
-  int32_t *column = malloc(sizeof(int32_t) * w->words * WORD), next = 0;
+/* The columns in stored order: backwards, or three runs in rising order. */
+static int64_t *order_of(int64_t k, int thirds) {
+  int64_t *order = malloc(k * sizeof *order);
+  for (int64_t i = 0; i < k && !thirds; i++) order[i] = k - 1 - i;
+  for (int64_t i = 0, r = 0; r < 3 && thirds; r++)
+    for (int64_t c = r; c < k; c += 3) order[i++] = c;
+  return order;
+}
+
+static int32_t *columns_of(const Weight *w, const Group *groups, const int64_t *order) {
+  int32_t *column = malloc(sizeof(int32_t) * w->words * WORD);
   for (int i = 0; i < w->words * WORD; i++) column[i] = -1;
   for (int i = 0; i < w->groups; i++)
     for (int c = 0; c < groups[i].columns; c++)
       column[(groups[i].first_word + c / w->word_columns) * WORD + c % w->word_columns] =
-          (int32_t)(w->k - 1 - next++); /* a permutation: backwards */
+          (int32_t)*order++;
   return column;
 }
 
@@ -143,7 +152,13 @@ static void run(const Case *c, int index, int threads, float last, float *y, flo
   if (last != 0) store(x, (m - 1) * w.k, dtype, last);
 
   uint32_t *data = malloc(tiles * w.stream * w.tile * 4 + 1);
-  w.column = columns_of(&w, groups);
+  const int thirds = n % 2;
+  int64_t *order = order_of(w.k, thirds), *third = order_of(w.k, 1);
+  uint32_t *run_mask = calloc((w.k + 31) / 32 * MOST_RUNS, sizeof *run_mask);
+  w.column = columns_of(&w, groups, order);
+  w.run_mask = run_mask;
+  w.runs = pbq_runs(order, w.k, run_mask, w.run_begin);
+  if (w.k > MOST_RUNS && w.runs != (thirds ? 3 : 0)) exit(7);
   w.scale = exactly(scale, tiles * w.slots * w.tile * 2);
   w.overlay_start = overlay_start;
   w.overlay_column = overlay_column;
@@ -159,11 +174,9 @@ static void run(const Case *c, int index, int threads, float last, float *y, flo
   int64_t *to = malloc(w.k * sizeof(int64_t));
   for (int64_t i = 0; i < w.k; i++) to[i] = w.k - 1 - i;
   if (dense) {
-    /* three runs of columns in rising order, then one for each column */
+    /* three runs of columns in rising order, if the weight has them, then one for each column */
     char *merged = malloc(n * w.k * element);
-    int64_t *third = malloc(w.k * sizeof(int64_t));
-    for (int64_t i = 0, r = 0; r < 3; r++)
-      for (int64_t c = r; c < w.k; c += 3) third[i++] = c;
+    if (!thirds) w.runs = 0;
     pbq_decode(&w, 0, n, w.k, dtype, NULL, NULL, decoded, threads);
     pbq_decode(&w, 0, n, w.k, dtype, third, line, merged, threads);
     for (int64_t row = 0; row < n; row++)
@@ -171,7 +184,8 @@ static void run(const Case *c, int index, int threads, float last, float *y, flo
         if (memcmp(merged + (row * w.k + third[i]) * element, decoded + (row * w.k + i) * element,
                    element))
           exit(5);
-    free(merged), free(third);
+    free(merged);
+    w.runs = 0;
     pbq_decode(&w, 0, n, w.k, dtype, to, line, decoded, threads);
     for (int64_t i = 0; i < n * w.k; i++) dense[i] = load(decoded, i, dtype);
   }
@@ -185,7 +199,7 @@ static void run(const Case *c, int index, int threads, float last, float *y, flo
   void *all[] = {(void *)w.group, stored,         scale,         x,    out,
                  overlay_start,   overlay_column, overlay_delta, data, (void *)w.column,
                  (void *)w.scale, (void *)w.data, decoded,       line, to,   rows,
-                 overlay_value};
+                 overlay_value,   order,          third,         run_mask};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
