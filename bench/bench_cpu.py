@@ -49,8 +49,8 @@ def tier(planes: int, columns: int, mix: str) -> Tier:
     return Tier(planes, columns, tied=True, trellis=12, uneven=planes < 4)
 
 
-def packed_weight(n: int, k: int, mix: str) -> PackedWeight:
-    """Random bits in tiers of the mix's shares, columns shuffled."""
+def packed_weight(n: int, k: int, mix: str, scale: float = 1.0) -> PackedWeight:
+    """Random bits in tiers of the mix's shares, columns shuffled; scales of about scale / 14."""
     generator = torch.Generator().manual_seed(n + k)
     columns = {planes: round(share * k) for planes, share in MIXES[mix].items()}
     columns[1] += k - sum(columns.values())
@@ -63,7 +63,8 @@ def packed_weight(n: int, k: int, mix: str) -> PackedWeight:
     ]
     drawn = {
         "weight": torch.cat([pack_bits(bits) for bits in planes], 1),
-        "scale": 0.02 + torch.rand(n, sum(t.scales for t in tiers), generator=generator) / 10,
+        "scale": scale
+        * (0.02 + torch.rand(n, sum(t.scales for t in tiers), generator=generator) / 10),
         "tier": owner[torch.randperm(k, generator=generator)].byte(),
     }
     if layout.scale_bits == 8:

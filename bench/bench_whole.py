@@ -1,9 +1,9 @@
 """Whole models on the CPU, packed against bf16: `python bench/bench_whole.py OUT`.
 
 OUT is a packed checkpoint, measured as it is; beside it models of random weights in the shapes of
-Llama-3.2-1B, packed at 1.6 bits, with embeddings in bf16 and at 8 bits. `pbq bench` measures
-each against random bf16 weights of its shapes, with one thread and with two, every model in a
-process of its own. The raw numbers go to bench/results/whole.json.
+Llama-3.2-1B, packed at 1.6 bits as the default method packs, with embeddings in bf16 and at 8 bits.
+`pbq bench` measures each against random bf16 weights of its shapes, with one thread and with two,
+every model in a process of its own. The raw numbers go to bench/results/whole.json.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SHAPES = {
     "max_position_embeddings": 131072,
     "tie_word_embeddings": True,
 }
-MIX = "1.6 bits, 0-4"
+MIX = "trellises, 0-4"
 
 
 @torch.no_grad()
@@ -50,12 +50,10 @@ def write_random(folder: Path, shapes: dict[str, Any], mix: str = MIX, embed_bit
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**shapes), dtype=torch.bfloat16)
     packed = {
-        f"model.layers.{name}": (packed_weight(m.out_features, m.in_features, MIXES[mix]), None)
+        f"model.layers.{name}": (packed_weight(m.out_features, m.in_features, mix, 0.2), None)
         for name, m in model.model.layers.named_modules()
         if isinstance(m, nn.Linear)
     }
-    for pw, _ in packed.values():
-        pw.tensors["scale"] *= 0.02
     model = install(model, packed, PbqConfig("random", 1.6, provenance={"source": "random"}))
     for name, parameter in list(model.named_parameters()):
         owner, _, last = name.rpartition(".")
@@ -98,6 +96,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--layers", type=int, default=SHAPES["num_hidden_layers"])
     parser.add_argument("--note", default="", help="about the machine, into the results")
+    parser.add_argument("--mix", default=MIX, choices=list(MIXES), help="of the 1B-shaped models")
+    parser.add_argument("--out", dest="results", type=Path, default=RESULTS)
     parser.add_argument("--dry", action="store_true", help="write no results")
     options = parser.parse_args()
     settings = Settings(options.prompt_tokens, options.new_tokens, options.repeats)
@@ -106,13 +106,13 @@ def main() -> None:
     shapes = {**SHAPES, "num_hidden_layers": options.layers}
     for embed_bits in (0, 8):
         with tempfile.TemporaryDirectory() as folder:
-            write_random(Path(folder), shapes, embed_bits=embed_bits)
+            write_random(Path(folder), shapes, options.mix, embed_bits)
             tokenizer.save_pretrained(folder)
             label = "1B-shaped" + (f", embeddings at {embed_bits} bits" if embed_bits else "")
             rows += measure(label, Path(folder), options.threads, settings)
     if not options.dry:
         found = {"machine": machine(options.note), "rows": rows}
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        options.results.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
