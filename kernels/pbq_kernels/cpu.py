@@ -72,7 +72,7 @@ _MOST_INT8_COLUMNS = 2**22
 
 
 class _Group(ctypes.Structure):
-    """Mirrors Group in cpu.c."""
+    """Mirrors Group in weight.h."""
 
     _fields_ = (
         ("bit", ctypes.c_int64),
@@ -85,7 +85,7 @@ class _Group(ctypes.Structure):
 
 
 class _Weight(ctypes.Structure):
-    """Mirrors Weight in cpu.c."""
+    """Mirrors Weight in weight.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("n", "k", "row_bytes")),
@@ -105,7 +105,7 @@ class LibraryError(RuntimeError):
 
 
 def load_library(path: Path) -> ctypes.CDLL:
-    """The compiled cpu.c, its functions declared. Raises LibraryError."""
+    """The compiled C files, their functions declared. Raises LibraryError."""
     # not at import: `python -m pbq_kernels.cpu_build` must not find itself loaded already
     from pbq_kernels import cpu_build
 
@@ -115,9 +115,10 @@ def load_library(path: Path) -> ctypes.CDLL:
         library = _open(path)
     except OSError as error:
         raise LibraryError(f"the compiled CPU kernels do not load: {error}; {BUILD}") from error
-    _declare(library)
+    library.pbq_source_hash.restype = ctypes.c_char_p
     if library.pbq_source_hash().decode() != cpu_build.source_hash():
         raise LibraryError(f"{path.name} was built from other sources; {BUILD}")
+    _declare(library)
     return library
 
 
@@ -131,7 +132,6 @@ def _open(path: Path) -> ctypes.CDLL:
 
 def _declare(library: ctypes.CDLL) -> None:
     integer, wide, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    library.pbq_source_hash.restype = ctypes.c_char_p
     library.pbq_variant_name.restype = ctypes.c_char_p
     library.pbq_repack.argtypes = [pointer, pointer, pointer, integer]
     library.pbq_repack.restype = None

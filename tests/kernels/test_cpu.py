@@ -559,6 +559,18 @@ def test_a_library_of_another_source(
         load_library(library_path)
 
 
+def test_an_older_library_that_lacks_functions(tmp_path: Path) -> None:
+    try:
+        compiler = cpu_build.compiler()
+    except cpu_build.BuildError as error:
+        pytest.skip(str(error))
+    source, library = tmp_path / "old.c", tmp_path / "_cpu.so"
+    source.write_text('const char *pbq_source_hash(void) { return "older"; }\n')
+    subprocess.run([*compiler, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    with pytest.raises(LibraryError, match="built from other sources"):
+        load_library(library)
+
+
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
