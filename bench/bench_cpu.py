@@ -177,7 +177,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--rounds", type=int, default=7, help="a median is taken over these")
     parser.add_argument("--least", type=float, default=0.01, help="seconds of one timing")
-    parser.add_argument("--shape", nargs="+", help="NxK instead of the four of the docs")
+    parser.add_argument(
+        "--shape", nargs="+", action="extend", help="NxK instead of the four of the docs"
+    )
     parser.add_argument("--mix", nargs="+", default=list(MIXES), choices=list(MIXES))
     parser.add_argument("--note", default="", help="kept in the file: what else the machine did")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu.json")

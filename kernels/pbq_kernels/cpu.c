@@ -1158,12 +1158,11 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2"))) static void mer
     __m512i values = _mm512_setzero_si512();
     for (int r = 0; r < w->runs; r++) {
       const int count = __builtin_popcount(mask[r]);
-      const __mmask32 some = (__mmask32)((1ull << count) - 1);
-      values = _mm512_mask_expand_epi16(values, mask[r], _mm512_maskz_loadu_epi16(some, next[r]));
+      const __m512i run = _mm512_maskz_loadu_epi16(first_of(count), next[r]);
+      values = _mm512_mask_expand_epi16(values, mask[r], run);
       next[r] += count;
     }
-    const __mmask32 kept = w->k - c < 32 ? (1u << (w->k - c)) - 1 : UINT32_MAX;
-    _mm512_mask_storeu_epi16(out + c, kept, values);
+    _mm512_mask_storeu_epi16(out + c, first_of(w->k - c), values);
   }
 }
 
@@ -1680,12 +1679,6 @@ static void run_rows(const Weight *w, const Variant *v, int mode, Activations a,
 #pragma omp barrier
     }
   }
-}
-
-static void *carve(uintptr_t *from, int64_t bytes) {
-  void *part = (void *)*from;
-  *from += (uintptr_t)((bytes + 63) / 64 * 64);
-  return part;
 }
 
 /* Lays out the buffers of one chunk from address `from` on; returns how many bytes they take. */

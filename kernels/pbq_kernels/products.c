@@ -50,10 +50,6 @@ typedef struct {
   float *sum;            /* [threads][TOKENS][ROWS] */
 } Buffers;
 
-INLINE __mmask32 first_of(int64_t count) {
-  return count < 32 ? (__mmask32)((1u << count) - 1) : UINT32_MAX;
-}
-
 /* 0, 16, 1, 17, ...: columns c and c + 16 side by side, as their bits are. */
 INLINE VECTOR __m512i side_by_side(void) {
   const __m512i low =
@@ -453,12 +449,6 @@ static void run_panels(const Weight *w, const Buffers *b, int unit, int64_t toke
   }
 }
 
-static void *carve(uintptr_t *from, int64_t bytes) {
-  void *part = (void *)*from;
-  *from += (uintptr_t)((bytes + 63) / 64 * 64);
-  return part;
-}
-
 /* From address `from` on; returns how many bytes they take. */
 static int64_t lay_out(Buffers *b, const Weight *w, int64_t m, int threads, uintptr_t from) {
   const uintptr_t begin = from;
@@ -519,8 +509,7 @@ EXPORT int pbq_unit(void) {
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq") ||
       !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vbmi2") ||
-      !__get_cpuid_count(7, 1, &a, &b, &c, &d) ||
-      !(a >> 5 & 1))
+      !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1))
     return found = NO_UNIT;
   const int amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 24 & 1 && d >> 22 & 1;
   return found = amx && may_use_tiles() ? TILES : DOTS;

@@ -76,6 +76,18 @@ typedef struct {
   int32_t runs;
 } Weight;
 
+/* The next part of a buffer, from an address that is a multiple of 64; so is what is left. */
+INLINE void *carve(uintptr_t *from, int64_t bytes) {
+  void *part = (void *)*from;
+  *from += (uintptr_t)((bytes + 63) / 64 * 64);
+  return part;
+}
+
+/* A mask of the first `count` of 32. */
+INLINE uint32_t first_of(int64_t count) {
+  return count < 32 ? (1u << count) - 1 : UINT32_MAX;
+}
+
 /* --- numbers -------------------------------------------------------------------------------- */
 
 INLINE float float_of_bits(uint32_t bits) {
