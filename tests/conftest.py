@@ -201,10 +201,11 @@ def build_random_packed(
     column_scale: bool = False,
     overlay: float = 0.0,
     rank: int = 0,
+    scale_bits: int = 16,
 ) -> PackedWeight:
     """Random bits, plausible scales, shuffled columns. A tier of -1 columns takes the rest.
 
-    Scales are bytes where a tier is uneven, which needs that.
+    Scales are bytes where a tier is uneven, too, which needs that.
     overlay: share of the entries that the overlay replaces. rank: of a product of two factors.
     """
     if rank:
@@ -229,7 +230,7 @@ def build_random_packed(
     mask = torch.rand(n, k, generator=generator) < overlay
     count, gap = encode_overlay(mask)
     entries = int(mask.sum())
-    scale_bits = 8 if any(tier.uneven for tier in tiers) else 16
+    scale_bits = 8 if any(tier.uneven for tier in tiers) else scale_bits
     layout = WeightLayout(n, k, tiers, column_scale, entries, len(gap), scale_bits=scale_bits)
     every = {
         "weight": torch.cat([codes(tier) for tier in tiers], 1),

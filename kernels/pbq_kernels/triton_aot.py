@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pbq_kernels import triton_kernels as kernels
+from pbq_kernels.trellis import POLYNOMIALS
 from pbq_kernels.triton_backend import (
     ADD_BLOCK,
     CONFIGS,
@@ -25,9 +26,10 @@ from pbq_kernels.triton_backend import (
     GATHER_BLOCK,
     OVERLAY_ENTRIES,
     OVERLAY_TOKENS,
+    TRELLIS_CONFIGS,
     Config,
 )
-from pbq_kernels.triton_layout import FLUSHES, WORDS
+from pbq_kernels.triton_layout import FLUSHES, KINDS, WORDS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -37,6 +39,7 @@ TARGETS = {
 # Bytes of shared memory that one program may use. All of NVIDIA's GPUs since sm_80 have 99 KiB.
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 _DEFAULT_WARPS = 4
+TRELLIS = 12  # the memory that quantization chooses
 _POINTERS = {
     "words": "*i32",
     "fields": "*i32",
@@ -76,6 +79,10 @@ def variants(target: str) -> Iterator[Variant]:
                 yield matmul(dtype, tile, flush, offsets=False)
                 yield matmul(dtype, tile, flush, offsets=True)
             yield matmul(dtype, tile, 0, offsets=False, out=dtype)
+        for tile in TRELLIS_CONFIGS[TARGETS[target].backend]:
+            yield matmul(dtype, tile, 0, offsets=False, trellis=TRELLIS)
+            yield matmul(dtype, tile, 0, offsets=True, trellis=TRELLIS)
+            yield matmul(dtype, tile, 0, offsets=False, trellis=TRELLIS, out=dtype)
         yield overlay(dtype, "i16")
         yield overlay(dtype, "i32")
     for dtype in ("fp16", "bf16", "fp32"):
@@ -83,20 +90,33 @@ def variants(target: str) -> Iterator[Variant]:
             for summed in (0, *FLUSHES):
                 yield gather(dtype, summed, scaled=flag)
             yield dequantize(dtype, scaled=flag)
+            yield dequantize(dtype, scaled=flag, trellis=TRELLIS)
         yield add(dtype)
 
 
-def matmul(dtype: str, tile: Config, flush: int, *, offsets: bool, out: str = "fp32") -> Variant:
+def matmul(
+    dtype: str, tile: Config, flush: int, *, offsets: bool, out: str = "fp32", trellis: int = 0
+) -> Variant:
     groups = f"a scale every {flush} steps" if flush else "row scales"
+    groups += ", offsets" * offsets + ", trellises" * bool(trellis)
     return Variant(
-        f"matmul {dtype} to {out}, {tile.tokens} tokens, {groups}{', offsets' * offsets}",
+        f"matmul {dtype} to {out}, {tile.tokens} tokens, {groups}",
         "matmul_kernel",
         {
             **_pointers("sums words scales fields", x=dtype, y=out),
-            **_integers("m n blocks slots steps"),
+            **_integers("m n rows steps"),
             "factor": "fp32",
         },
-        {"FLUSH": flush, "OFFSETS": offsets, "BN": tile.rows, "BM": tile.tokens, "WIDE": False},
+        {
+            **_filter(trellis),
+            **{
+                "FLUSH": flush,
+                "OFFSETS": offsets,
+                "BN": tile.rows,
+                "BM": tile.tokens,
+                "WIDE": False,
+            },
+        },
         tile.warps,
         tile.stages,
     )
@@ -114,17 +134,22 @@ def gather(dtype: str, summed: int, *, scaled: bool) -> Variant:
     )
 
 
-def dequantize(dtype: str, *, scaled: bool) -> Variant:
+def _filter(trellis: int) -> dict[str, int]:
+    h1, h0 = POLYNOMIALS.get(trellis, (0, 1))
+    return {"H1": h1, "DELAY": h0.bit_length() - 1}
+
+
+def dequantize(dtype: str, *, scaled: bool, trellis: int = 0) -> Variant:
     column_scale = "fp32" if scaled else dtype
     return Variant(
-        f"dequantize to {dtype}{', scaled' * scaled}",
+        f"dequantize to {dtype}{', scaled' * scaled}{', trellises' * bool(trellis)}",
         "dequantize_kernel",
         {
             **_pointers("words scales fields", column_scale=column_scale, out=dtype),
-            **_integers("n blocks slots steps"),
+            **_integers("n rows steps"),
             "factor": "fp32",
         },
-        {"SCALED": scaled, "BN": DEQUANTIZE_ROWS},
+        {**_filter(trellis), "SCALED": scaled, "BN": DEQUANTIZE_ROWS},
     )
 
 
@@ -206,19 +231,20 @@ def _tool(name: str, *words: str) -> str:
     return subprocess.run([path, *words], capture_output=True, text=True, check=True).stdout
 
 
-def instructions_per_weight(compiled: Compiled, tile: Config) -> dict[int, float]:
-    """{bits of a field: instructions that one thread issues for one of its weights}, in SASS.
+def instructions_per_weight(compiled: Compiled, tile: Config, trellis: int = 0) -> list[float]:
+    """Instructions that one thread issues for a weight in a field of each of KINDS, in SASS.
 
     Of the loop over the blocks of a field, everything in it counted; the kernel has one such loop
-    for 1, 2 and 4 bits, in this order. Raises ValueError when it finds another number of them.
+    for each kind, in this order, those that a trellis makes only where there is one. Raises
+    ValueError when it finds another number of them.
     """
+    kinds = sum(bool(trellis) or not weights for _, weights in KINDS)
     loops = _innermost_loops(compiled.assembly)
     multiplying = [n for n, body in loops if re.search(r"\b[HQ]G?MMA\.", body)]
-    widths = (1, 2, 4)
-    if len(multiplying) != len(widths):
-        raise ValueError(f"{len(multiplying)} loops with matrix products, expected {len(widths)}")
+    if len(multiplying) != kinds:
+        raise ValueError(f"{len(multiplying)} loops with matrix products, expected {kinds}")
     words = tile.rows * WORDS / (32 * tile.warps)
-    return {width: n / (words * 32 / width) for width, n in zip(widths, multiplying, strict=True)}
+    return [n / (words * 32 / width) for (width, _), n in zip(KINDS, multiplying, strict=False)]
 
 
 def _innermost_loops(sass: str) -> list[tuple[int, str]]:

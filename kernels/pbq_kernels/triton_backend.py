@@ -54,11 +54,17 @@ CONFIGS = {
     "cuda": (Config(8, 32, 2, 4), Config(16, 32, 2, 3), Config(32, 64, 4, 2)),
     "hip": (Config(16, 32, 2, 2), Config(32, 64, 4, 2)),
 }
+# A trellis has its words loaded eight times, into shared memory where there are stages.
+TRELLIS_CONFIGS = {
+    "cuda": (Config(8, 32, 2, 3), Config(16, 32, 2, 2), Config(32, 64, 4, 1)),
+    "hip": CONFIGS["hip"],
+}
 
 
-def config(tokens: int, target: str) -> Config:
+def config(tokens: int, target: str, trellis: int = 0) -> Config:
     """The tile for so many tokens on a target of CONFIGS."""
-    return next((c for c in CONFIGS[target] if tokens <= c.tokens), CONFIGS[target][-1])
+    configs = (TRELLIS_CONFIGS if trellis else CONFIGS)[target]
+    return next((c for c in configs if tokens <= c.tokens), configs[-1])
 
 
 def splits(rows: int, tokens: int, blocks: int, processors: int, tile: Config) -> int:
@@ -131,17 +137,20 @@ def _fused(x: Tensor, weight: TritonWeight) -> Tensor:
     if not m or not weight.steps:
         return x.new_zeros(m, n)
     kernels = _kernels()
-    tile = config(m, "hip" if torch.version.hip else "cuda")
+    tile = config(m, "hip" if torch.version.hip else "cuda", weight.trellis)
     parts = splits(n, m, weight.blocks, _processors(x.device), tile)
     gathered, sums = _gather(x, weight, scaled=True)
     overlay = weight.overlay
     total = parts + (overlay is not None)
     y = x.new_empty(m, n)
     partial = y if total == 1 else torch.empty(total, m, n, dtype=torch.float32, device=x.device)
+    h1, delay = weight.filter
     grid = (math.ceil(n / tile.rows), parts, math.ceil(m / tile.tokens))
     kernels.matmul_kernel[grid](
-        *(gathered, sums, weight.words, weight.scales, weight.fields, partial),
-        *(m, n, weight.blocks, weight.slots, weight.steps, weight.factor),
+        *(gathered, sums, weight.words[:, weight.lead :], weight.scales[:, weight.lead :]),
+        *(weight.fields, partial, m, n, weight.rows, weight.steps, weight.factor),
+        H1=h1,
+        DELAY=delay,
         FLUSH=weight.flush,
         OFFSETS=weight.offsets,
         BN=tile.rows,
@@ -200,19 +209,22 @@ def _dense_rows(weight: TritonWeight, dtype: torch.dtype) -> Iterator[Tensor]:
     rows = max(1, _MOST_DENSE // (columns * ROWS)) * ROWS
     stored = dtype if dtype in FUSED else torch.float32
     scaled = weight.column_scale is not None
+    h1, delay = weight.filter
     for begin in range(0, weight.n, rows):
-        n, tile = min(rows, weight.n - begin), begin // ROWS
+        n, first = min(rows, weight.n - begin), weight.lead + begin
         out = torch.empty(n, columns, dtype=stored, device=weight.words.device)
         _kernels().dequantize_kernel[(weight.steps, math.ceil(n / DEQUANTIZE_ROWS))](
-            *(weight.words[tile:], weight.scales[tile:], weight.fields),
+            *(weight.words[:, first:], weight.scales[:, first:], weight.fields),
             *(weight.column_scale if scaled else out, out),
-            *(n, weight.blocks, weight.slots, weight.steps, weight.factor),
+            *(n, weight.rows, weight.steps, weight.factor),
+            H1=h1,
+            DELAY=delay,
             SCALED=scaled,
             BN=DEQUANTIZE_ROWS,
             enable_fp_fusion=True,
         )
         if weight.overlay is not None:
-            _add_overlay(out, weight, tile)
+            _add_overlay(out, weight, begin // ROWS)
         yield out.to(dtype)
 
 

@@ -7,68 +7,157 @@ WIDE then asks for the one such operation in float32.
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
+from pbq_kernels import triton_layout
+
 # A word holds one bit of 32 columns, two of 16, or four of 8; see triton_layout.
-WORDS = tl.constexpr(16)  # words of a block, in each row
-STEP = tl.constexpr(32)  # columns that one shift takes out of a block
-ROWS = tl.constexpr(64)  # rows of a tile of words
-FIELD = tl.constexpr(9)  # numbers that describe a field
-SUM_STEPS = tl.constexpr(4)  # steps of one sum of x, where FLUSH is 0
+WORDS = tl.constexpr(triton_layout.WORDS)  # words of a block, in each row
+STEP = tl.constexpr(triton_layout.STEP)  # columns that one shift takes out of a block
+FIELD = tl.constexpr(triton_layout.FIELD)  # numbers that describe a field
+SUM_STEPS = tl.constexpr(triton_layout.SUM_STEPS)  # steps of one sum of x, where FLUSH is 0
+TOGETHER = tl.constexpr(4)  # steps of one product of matrices: more of them compile more slowly
+
+_KINDS = tl.constexpr(len(triton_layout.KINDS))
+_PLAIN = tl.constexpr(sum(not weights for _, weights in triton_layout.KINDS))
+_WIDTHS = tl.constexpr([width for width, _ in triton_layout.KINDS])
+_WEIGHTS = tl.constexpr([list(weights) for _, weights in triton_layout.KINDS])
+
+
+def _minus(dtype: torch.dtype) -> list[list[int]]:
+    """For each kind what a bit of 0 stands for, -1 or -weight, in both halves of an int32."""
+    found = []
+    for _, weights in triton_layout.KINDS:
+        value = -torch.tensor(weights or [1], dtype=dtype)
+        found.append(value.repeat_interleave(2).view(torch.int32).tolist())
+    return found
+
+
+_MINUS_FLOAT16 = tl.constexpr(_minus(torch.float16))
+_MINUS_BFLOAT16 = tl.constexpr(_minus(torch.bfloat16))
 
 
 @triton.jit
-def _signed(words, j: tl.constexpr, WIDTH: tl.constexpr, dtype: tl.constexpr, WIDE: tl.constexpr):
-    """Step j of int32 words [r, WORDS] as odd integers 2*code - (2**WIDTH - 1), dtype [r, STEP].
+def _signed(
+    words,
+    first: tl.constexpr,
+    STEPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    minus: tl.constexpr,
+    dtype: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Steps of int32 words [r, WORDS] from `first` on, dtype [r, STEPS * STEP].
 
-    Two at a time. One bit turns the sign of -1. More become the mantissa of a number whose exponent
-    makes the last place a one; what that adds is subtracted, exactly.
+    Two at a time. One bit turns the sign of `minus`. More become the mantissa of a number whose
+    exponent makes the last place a two; what that adds is subtracted, exactly, which leaves the odd
+    integers 2*code - (2**WIDTH - 1).
     """
+    step = first + tl.arange(0, STEPS)[None, :, None]
     if WIDTH == 1:
-        # 0xBC00 and 0xBF80 are -1; the constants are those of a signed integer
-        minus_ones: tl.constexpr = -0x43FF4400 if dtype == tl.float16 else -0x407F4080
-        pair = ((words << (15 - j)) & -0x7FFF8000) ^ minus_ones
+        pair = ((words[:, None, :] << (15 - step)) & -0x7FFF8000) ^ minus
     else:
-        low: tl.constexpr = WIDTH * j - 1
-        field = (words >> low) if low > 0 else (words << 1)
-        large: tl.constexpr = 0x64006400 if dtype == tl.float16 else 0x43004300
-        pair = (field & (((1 << WIDTH) - 1) * 0x20002)) | large
+        large: tl.constexpr = 0x68006800 if dtype == tl.float16 else 0x43804380
+        pair = ((words[:, None, :] >> (WIDTH * step)) & (((1 << WIDTH) - 1) * 0x10001)) | large
     halves = tl.join(pair.to(tl.int16), (pair >> 16).to(tl.int16))
-    values = halves.reshape(words.shape[0], STEP).to(dtype, bitcast=True)
+    values = halves.reshape(words.shape[0], STEPS * STEP).to(dtype, bitcast=True)
     if WIDTH > 1:
-        excess: tl.constexpr = (1024 if dtype == tl.float16 else 128) + (1 << WIDTH) - 1
+        excess: tl.constexpr = (2048 if dtype == tl.float16 else 256) + (1 << WIDTH) - 1
         if WIDE:
             values = (values.to(tl.float32) - excess).to(dtype)
         else:
-            values = values - tl.full((words.shape[0], STEP), excess, dtype)
+            values = values - tl.full(values.shape, excess, dtype)
     return values
+
+
+@triton.jit
+def _path(words, H1: tl.constexpr, DELAY: tl.constexpr):
+    """Pointers to words of a path -> the words of planes 0 and 1 that a trellis makes (trellis.py).
+
+    Rows of WORDS lie one after another; those above the first are zero. A row is read up to eight
+    times, all but once from the first cache.
+    """
+    plane_0 = tl.load(words - DELAY * WORDS, cache_modifier=".ca")
+    plane_1 = tl.load(words, cache_modifier=".ca")
+    for i in tl.static_range(1, 13):
+        if (H1 >> i) & 1:
+            plane_1 ^= tl.load(words - i * WORDS, cache_modifier=".ca")
+    return plane_0, plane_1
+
+
+@triton.jit
+def _signs_of_8(a, b, c):
+    """Bits of the place of one of 8 unevenly spaced levels -> the signs of its planes.
+
+    `sums` of trellis.py as Boolean functions: the negative of a level has the opposite signs.
+    """
+    flip = ~c
+    a, b = a ^ flip, b ^ flip
+    return (a | ~b) ^ flip, (b | ~a) ^ flip, (a | b) ^ flip
+
+
+@triton.jit
+def _signs_of_16(a, b, c, d):
+    """The same for 16 levels."""
+    flip = ~d
+    a, b, c = a ^ flip, b ^ flip, c ^ flip
+    a_c = a ^ c
+    plane_0 = ((a & b) | (c & ~b)) ^ flip
+    return plane_0, (~(a ^ b) | a_c) ^ flip, (b | ~a_c) ^ flip, (c | (a ^ b)) ^ flip
+
+
+@triton.jit
+def _planes(words, plane, MADE: tl.constexpr, H1: tl.constexpr, DELAY: tl.constexpr):
+    """Pointers to words of a field -> a tuple of words; MADE planes by a trellis, or what is there.
+
+    plane: how far it is from the words of one stored plane to those of the next.
+    """
+    if MADE == 0:
+        return (tl.load(words),)
+    else:
+        a, b = _path(words, H1, DELAY)
+        if MADE == 2:
+            return a, b
+        elif MADE == 3:
+            return _signs_of_8(a, b, tl.load(words + plane))
+        else:
+            return _signs_of_16(a, b, tl.load(words + plane), tl.load(words + 2 * plane))
 
 
 @triton.jit
 def _add_fields(
     total,
-    first,
-    last,
     fields,
     words,
+    rows,
     scales,
     x,
     sums,
     is_token,
-    WIDTH: tl.constexpr,
+    KIND: tl.constexpr,
+    H1: tl.constexpr,
+    DELAY: tl.constexpr,
     FLUSH: tl.constexpr,
     OFFSETS: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """total [BN, BM] += fields first..last, all WIDTH bits wide, times x; this split's blocks."""
+    """total [BN, BM] += the fields of one kind times x; this split's blocks."""
     dtype: tl.constexpr = x.dtype.element_ty
+    WIDTH: tl.constexpr = _WIDTHS[KIND]
     STEPS: tl.constexpr = 16 // WIDTH
+    MADE: tl.constexpr = len(_WEIGHTS[KIND])
+    MINUS: tl.constexpr = (_MINUS_FLOAT16 if dtype == tl.float16 else _MINUS_BFLOAT16)[KIND]
+    J: tl.constexpr = FLUSH if FLUSH > 0 else (TOGETHER if H1 > 0 else 1)
     split, splits = tl.program_id(1), tl.num_programs(1)
-    for f in range(first, last):
-        field = fields + f * FIELD
+    block_words = rows.to(tl.int64) * WORDS
+    x += tl.arange(0, J * STEP)[:, None]
+    first = tl.load(fields + KIND - 1) if KIND > 0 else 0
+    for f in range(first, tl.load(fields + KIND)):
+        field = fields + (f + 1) * FIELD
         block, blocks = tl.load(field), tl.load(field + 1)
         first_step = tl.load(field + 2)
         if FLUSH > 0:
@@ -79,29 +168,28 @@ def _add_fields(
         begin = (split + splits - block % splits) % splits
         row_total = tl.zeros((BN, BM), tl.float32)
         for b in range(begin, blocks, splits):
-            w = tl.load(words + (block + b) * (ROWS * WORDS))
+            at = words + (block + b) * block_words
+            planes = _planes(at, blocks * block_words, MADE, H1, DELAY)
             step = first_step + b * STEPS
             x_0 = x + step * STEP
-            if FLUSH == 0:
-                for j in tl.static_range(STEPS):
-                    x_j = tl.load(x_0 + j * STEP, mask=is_token[None, :], other=0.0)
-                    row_total = tl.dot(_signed(w, j, WIDTH, dtype, WIDE), x_j, row_total)
-            else:
-                for first_j in tl.static_range(0, STEPS, FLUSH):
-                    part = tl.zeros((BN, BM), tl.float32)
-                    for j in tl.static_range(first_j, first_j + FLUSH):
-                        x_j = tl.load(x_0 + j * STEP, mask=is_token[None, :], other=0.0)
-                        part = tl.dot(_signed(w, j, WIDTH, dtype, WIDE), x_j, part)
-                    done = b * STEPS + first_j
-                    s = tl.load(scales + (scale + done // scale_steps) * ROWS).to(tl.float32)
-                    total += part * (s * factor)[:, None]
+            for j in tl.static_range(0, STEPS, J):
+                x_j = tl.load(x_0 + j * STEP, mask=is_token[None, :], other=0.0)
+                if FLUSH > 0:
+                    row_total = tl.zeros((BN, BM), tl.float32)
+                for p in tl.static_range(MADE if MADE > 0 else 1):
+                    w = _signed(planes[p], j, J, WIDTH, MINUS[p], dtype, WIDE)
+                    row_total = tl.dot(w, x_j, row_total)
+                if FLUSH > 0:
+                    done = b * STEPS + j
+                    s = tl.load(scales + (scale + done // scale_steps) * rows).to(tl.float32)
+                    total += row_total * (s * factor)[:, None]
                     if OFFSETS:
-                        o = tl.load(scales + (offset + done // offset_steps) * ROWS)
-                        added = tl.load(sums + (step + first_j) // FLUSH, mask=is_token, other=0.0)
+                        o = tl.load(scales + (offset + done // offset_steps) * rows)
+                        added = tl.load(sums + (step + j) // FLUSH, mask=is_token, other=0.0)
                         total += o.to(tl.float32)[:, None] * added[None, :]
         if FLUSH == 0:
             # loaded only now: registers are short in the loop above
-            s = tl.load(scales + tl.load(field + 3) * ROWS).to(tl.float32)
+            s = tl.load(scales + tl.load(field + 3) * rows).to(tl.float32)
             total += row_total * (s * tl.load(field + 5).to(tl.float32))[:, None]
             if OFFSETS:
                 offset = tl.load(field + 6)
@@ -113,12 +201,12 @@ def _add_fields(
                     is_sum = is_token[:, None] & (place < last_sum)
                     every = sums[:, None] + first_step // SUM_STEPS + place
                     row_sums += tl.load(every, mask=is_sum, other=0.0)
-                o = tl.load(scales + offset * ROWS).to(tl.float32)
+                o = tl.load(scales + offset * rows).to(tl.float32)
                 total += o[:, None] * tl.sum(row_sums, 1)[None, :]
     return total
 
 
-@triton.jit(do_not_specialize=["m", "n", "blocks", "slots", "steps"])
+@triton.jit(do_not_specialize=["m", "n", "rows", "steps"])
 def matmul_kernel(
     x_ptr,
     sums_ptr,
@@ -128,10 +216,11 @@ def matmul_kernel(
     y_ptr,
     m,
     n,
-    blocks,
-    slots,
+    rows,
     steps,
     factor,
+    H1: tl.constexpr,
+    DELAY: tl.constexpr,
     FLUSH: tl.constexpr,
     OFFSETS: tl.constexpr,
     BN: tl.constexpr,
@@ -140,37 +229,26 @@ def matmul_kernel(
 ):
     """y [splits, m, n] = x [m, steps * STEP] @ (fields of the words).T, times `factor`.
 
-    Program (row tile, split, token tile). FLUSH: steps between two scales of a group; 0: a scale a
-    row. OFFSETS: some field has offsets; sums is then what `gather_kernel` wrote for as many steps
-    (SUM_STEPS, where FLUSH is 0).
+    Program (row tile, split, token tile). rows: of words and scales, with those above the first, to
+    which their pointers point. H1, DELAY: of the trellis; H1 is 0 where there is none. FLUSH: steps
+    between two scales of a group; 0: a scale a row, as with a trellis. OFFSETS: some field has
+    offsets; sums is then what `gather_kernel` wrote for as many steps (SUM_STEPS, where FLUSH is 0).
     """
-    tile = tl.program_id(0) * BN // ROWS
-    row = tl.program_id(0) * BN % ROWS + tl.arange(0, BN)
+    row = tl.program_id(0) * BN + tl.arange(0, BN)
     token = tl.program_id(2) * BM + tl.arange(0, BM)
     is_token = token < m
-    words = words_ptr + tile.to(tl.int64) * blocks * (ROWS * WORDS)
-    words += row[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-    scales = scales_ptr + tile.to(tl.int64) * slots * ROWS + row
-    x = x_ptr + token[None, :].to(tl.int64) * (steps * STEP) + tl.arange(0, STEP)[:, None]
+    words = words_ptr + row[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    scales = scales_ptr + row
+    x = x_ptr + token[None, :].to(tl.int64) * (steps * STEP)
     sums = sums_ptr + token.to(tl.int64) * (steps // (FLUSH if FLUSH > 0 else SUM_STEPS))
-    fields = fields_ptr + FIELD
-    ones, twos, fours = tl.load(fields_ptr), tl.load(fields_ptr + 1), tl.load(fields_ptr + 2)
     total = tl.zeros((BN, BM), tl.float32)
-    total = _add_fields(
-        total, 0, ones, fields, words, scales, x, sums, is_token,
-        WIDTH=1, FLUSH=FLUSH, OFFSETS=OFFSETS, BN=BN, BM=BM, WIDE=WIDE,
-    )  # fmt: skip
-    total = _add_fields(
-        total, ones, twos, fields, words, scales, x, sums, is_token,
-        WIDTH=2, FLUSH=FLUSH, OFFSETS=OFFSETS, BN=BN, BM=BM, WIDE=WIDE,
-    )  # fmt: skip
-    total = _add_fields(
-        total, twos, fours, fields, words, scales, x, sums, is_token,
-        WIDTH=4, FLUSH=FLUSH, OFFSETS=OFFSETS, BN=BN, BM=BM, WIDE=WIDE,
-    )  # fmt: skip
-    out_row = tl.program_id(0) * BN + tl.arange(0, BN)
-    y = y_ptr + (tl.program_id(1).to(tl.int64) * m + token[None, :]) * n + out_row[:, None]
-    is_inside = is_token[None, :] & (out_row < n)[:, None]
+    for kind in tl.static_range(_KINDS if H1 > 0 else _PLAIN):
+        total = _add_fields(
+            total, fields_ptr, words, rows, scales, x, sums, is_token, kind,
+            H1, DELAY, FLUSH, OFFSETS, BN, BM, WIDE,
+        )  # fmt: skip
+    y = y_ptr + (tl.program_id(1).to(tl.int64) * m + token[None, :]) * n + row[:, None]
+    is_inside = is_token[None, :] & (row < n)[:, None]
     tl.store(y, (total * factor).to(y_ptr.dtype.element_ty), mask=is_inside)
 
 
@@ -210,7 +288,7 @@ def gather_kernel(
         tl.store(sums_ptr + token * sums + place, added, mask=place < sums)
 
 
-@triton.jit(do_not_specialize=["n", "blocks", "slots", "steps"])
+@triton.jit(do_not_specialize=["n", "rows", "steps"])
 def dequantize_kernel(
     words_ptr,
     scales_ptr,
@@ -218,40 +296,60 @@ def dequantize_kernel(
     column_scale_ptr,
     out_ptr,
     n,
-    blocks,
-    slots,
+    rows,
     steps,
     factor,
+    H1: tl.constexpr,
+    DELAY: tl.constexpr,
     SCALED: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """out [n, steps * STEP] = the weight in stored order. Program (step, row tile)."""
-    step, tile = tl.program_id(0), tl.program_id(1) * BN // ROWS
-    row = tl.program_id(1) * BN % ROWS + tl.arange(0, BN)
-    words = words_ptr + tile.to(tl.int64) * blocks * (ROWS * WORDS)
-    words += row[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-    scales = scales_ptr + tile.to(tl.int64) * slots * ROWS + row
+    """out [n, steps * STEP] = n rows of the weight in stored order. Program (step, row tile).
+
+    The pointers to words and scales are to the first of these rows; rows, H1, DELAY: as above.
+    """
+    step = tl.program_id(0)
+    row = tl.program_id(1) * BN + tl.arange(0, BN)
+    words = words_ptr + row[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    scales = scales_ptr + row
+    block_words = rows.to(tl.int64) * WORDS
     total = tl.zeros((BN, STEP), tl.float32)
-    for f in range(tl.load(fields_ptr + 2)):
+    for f in range(tl.load(fields_ptr + (_KINDS if H1 > 0 else _PLAIN) - 1)):
         field = fields_ptr + (f + 1) * FIELD
-        width = tl.load(field + 8)
+        blocks, width = tl.load(field + 1), tl.load(field + 8)
         i = step - tl.load(field + 2)  # of the field's steps
-        if (i >= 0) & (i * width < tl.load(field + 1) * 16):
-            block = tl.load(field) + i * width // 16
+        if (i >= 0) & (i * width < blocks * 16):
+            at = words + (tl.load(field) + i * width // 16) * block_words
             shift = i * width % 16
-            w = tl.load(words + block * (ROWS * WORDS))
-            most = (1 << width) - 1
-            code = tl.join((w >> shift) & most, (w >> (shift + 16)) & most).reshape(BN, STEP)
-            s = tl.load(scales + (tl.load(field + 3) + i // tl.load(field + 4)) * ROWS)
-            o = tl.load(scales + (tl.load(field + 6) + i // tl.load(field + 7)) * ROWS)
+            if H1 > 0:
+                kind = tl.load(field + 9)
+                value = tl.zeros((BN, STEP), tl.int32)
+                if kind < _PLAIN:
+                    value = _odd(tl.load(at), shift, width)
+                for k in tl.static_range(_PLAIN, _KINDS):
+                    if kind == k:
+                        planes = _planes(at, blocks * block_words, len(_WEIGHTS[k]), H1, DELAY)
+                        for p in tl.static_range(len(_WEIGHTS[k])):
+                            value += _odd(planes[p], shift, 1) * _WEIGHTS[k][p]
+            else:
+                value = _odd(tl.load(at), shift, width)
+            s = tl.load(scales + (tl.load(field + 3) + i // tl.load(field + 4)) * rows)
+            o = tl.load(scales + (tl.load(field + 6) + i // tl.load(field + 7)) * rows)
             s = s.to(tl.float32) * tl.load(field + 5).to(tl.float32)
-            total += (2 * code - most).to(tl.float32) * s[:, None] + o.to(tl.float32)[:, None]
+            total += value.to(tl.float32) * s[:, None] + o.to(tl.float32)[:, None]
     position = step * STEP + tl.arange(0, STEP)
     if SCALED:
         total *= tl.load(column_scale_ptr + position)[None, :] * factor
-    out_row = tl.program_id(1) * BN + tl.arange(0, BN)
-    out = out_ptr + out_row[:, None].to(tl.int64) * (steps * STEP) + position[None, :]
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(out_row < n)[:, None])
+    out = out_ptr + row[:, None].to(tl.int64) * (steps * STEP) + position[None, :]
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(row < n)[:, None])
+
+
+@triton.jit
+def _odd(words, shift, width):
+    """int32 words [r, WORDS] -> the values of `width` bits at `shift` as odd integers [r, STEP]."""
+    most = (1 << width) - 1
+    code = tl.join((words >> shift) & most, (words >> (shift + 16)) & most)
+    return 2 * code.reshape(words.shape[0], STEP) - most
 
 
 @triton.jit(do_not_specialize=["m", "n", "k"])

@@ -5,6 +5,7 @@ Tensors only: nothing here needs Triton or a GPU.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,19 +20,30 @@ from pbq_kernels.layout import (
     check_tensors,
     overlay_positions,
     pack_codes,
+    stored_scales,
     unpack_codes,
 )
 from pbq_kernels.reference import dequantize
+from pbq_kernels.trellis import POLYNOMIALS, WEIGHTS, plane_weights
 
-# The kernels have these four as constants of the same names.
 WORDS = 16
 STEP = 32
-ROWS = 64
-FIELD = 9
+FIELD = 10
 SUM_STEPS = 4
 
+ROWS = 64  # rows are padded to a multiple of it
+LEAD = 16  # rows of zeros above the first, where there is a trellis: it looks at 12 at most
+
 MOST_OVERLAY = 0.2
-_WIDTHS = (1, 2, 4)
+# Kinds of fields, in the order in which the kernels go through them: bits of a value, and what a
+# sign of each plane counts that a trellis makes, if it does.
+KINDS = (
+    (1, ()),
+    (2, ()),
+    (4, ()),
+    (1, plane_weights(2, False)),
+    *((1, WEIGHTS[d]) for d in WEIGHTS),
+)
 _WHOLE_ROW = 2**30  # steps of a group: more than any row has
 FLUSHES = (4, 2)  # a single step would spill registers
 # Weights unpacked at once while repacking: 64 MB as int32.
@@ -55,17 +67,19 @@ class TritonWeight:
     """A weight in the layout of triton_kernels.py.
 
     flush: steps between two scales, where there are groups of them; 0 for scales of whole rows.
+    trellis: memory of the trellises, 0 where there are none.
     """
 
     layout: WeightLayout
-    words: Tensor  # int32 [tiles, blocks, ROWS, WORDS]
-    scales: Tensor  # float16 [tiles, slots, ROWS]: see `_scales`
+    words: Tensor  # int32 [blocks, rows, WORDS]: see `_words`
+    scales: Tensor  # float16 [slots, rows]: see `_scales`
     fields: Tensor  # int32 [1 + fields, FIELD]: see `_describe`
     column: Tensor  # int32 [steps * STEP]: of x, -1 at padding
     column_scale: Tensor | None  # float32 [steps * STEP], at most 1
     factor: float  # what that was divided by
     flush: int
     offsets: bool
+    trellis: int
     overlay: Overlay | None
 
     @property
@@ -78,11 +92,22 @@ class TritonWeight:
 
     @property
     def blocks(self) -> int:
-        return self.words.shape[1]
+        return len(self.words)
 
     @property
-    def slots(self) -> int:
+    def rows(self) -> int:
+        """Rows of words and scales: `lead` of zeros, n, and as many that fill the last tile."""
         return self.scales.shape[1]
+
+    @property
+    def lead(self) -> int:
+        return _lead(self.trellis)
+
+    @property
+    def filter(self) -> tuple[int, int]:
+        """(h1, rows that plane 0 lies behind the path) of the trellis, 0 where there is none."""
+        h1, h0 = POLYNOMIALS.get(self.trellis, (0, 1))
+        return h1, h0.bit_length() - 1
 
     @property
     def steps(self) -> int:
@@ -107,15 +132,19 @@ class _Span:
     first_slot: int
 
     @property
-    def widths(self) -> list[int]:
-        """Widths of the fields that the planes are cut into, low planes first."""
-        if not self.tier.planes:
+    def kinds(self) -> list[tuple[int, tuple[int, ...]]]:
+        """Of the fields that the planes are cut into, low planes first: members of KINDS."""
+        tier = self.tier
+        if not tier.planes:
             # offsets alone get a plane, of scale zero, to carry them
-            return [1] if self.tier.offsets else []
-        if not self.tier.tied:
-            return [1] * self.tier.planes
-        fours, rest = divmod(self.tier.planes, 4)
-        return [4] * fours + [width for width in (2, 1) if rest & width]
+            return [KINDS[0]] if tier.offsets else []
+        if not tier.tied:
+            return [KINDS[0]] * tier.planes
+        if tier.uneven:
+            return [(1, tier.weights)]
+        made = [KINDS[3]] if tier.trellis else []
+        fours, rest = divmod(tier.planes - len(made), 4)
+        return made + [KINDS[2]] * fours + [KINDS[kind] for kind in (1, 0) if rest & KINDS[kind][0]]
 
     @property
     def group_steps(self) -> int:
@@ -129,7 +158,7 @@ class _Span:
         """Steps of the tier: whole groups in whole blocks of its narrowest field."""
         grouped = self.tier.groups * self.group_steps
         used = grouped if self.tier.groups > 1 else math.ceil(self.tier.columns / STEP)
-        block = 16 // min(self.widths, default=4)
+        block = 16 // min((width for width, _ in self.kinds), default=4)
         return math.ceil(used / block) * block
 
     @property
@@ -156,27 +185,52 @@ class _Span:
 
 @dataclass(frozen=True)
 class _Field:
-    """One plane, or 2 or 4 planes with tied scales: the tier's, from plane `low` on.
+    """One plane, or 2 or 4 planes with tied scales: the tier's stored ones, from plane `low` on.
 
-    index: its place among the tier's fields.
+    Or the path of a trellis and, where levels are uneven, all other planes, each with words of its
+    own: the product then makes a plane more of them. index: its place among the tier's fields.
     """
 
     span: _Span
     index: int
     low: int
-    width: int
+    kind: int
+
+    @property
+    def width(self) -> int:
+        return KINDS[self.kind][0]
+
+    @property
+    def planes(self) -> int:
+        """How many values of `width` bits a weight has here, in words of their own."""
+        return max(1, len(KINDS[self.kind][1]) - 1)
+
+    @property
+    def plane_blocks(self) -> int:
+        return self.span.steps * self.width // 16
 
     @property
     def blocks(self) -> int:
-        return self.span.steps * self.width // 16
+        return self.planes * self.plane_blocks
+
+    @property
+    def factor(self) -> int:
+        """What the stored scale is multiplied with."""
+        tier = self.span.tier
+        if not tier.tied or KINDS[self.kind][1]:
+            return 1
+        return 2 ** (self.low + bool(tier.trellis))
 
 
 def why_not(layout: WeightLayout) -> str | None:
     """Why these kernels cannot serve the layout, or None."""
     if layout.rank:
         return "they multiply with one factor at a time"
-    if not layout.is_plain:
-        return "they take the plain form of trellises and of scales in a byte"
+    if layout.has_trellis:
+        if len({tier.trellis for tier in layout.tiers if tier.trellis}) > 1:
+            return "trellises of two memories in a weight: they take its plain form"
+        if any(tier.groups > 1 for tier in layout.tiers):
+            return "trellises beside groups of scales: they take its plain form"
     for i, tier in enumerate(layout.tiers):
         least = FLUSHES[-1] * STEP
         if tier.groups > 1 and 2 * tier.group_size < least:
@@ -191,6 +245,7 @@ def repack(pw: PackedWeight) -> TritonWeight:
     """The stored planes as the kernels read them. Raises PackedFormatError on bad values."""
     layout, tensors = pw.layout, pw.tensors
     check_tensors(layout, tensors, values=True)
+    trellis = max(tier.trellis for tier in layout.tiers)
     spans = list(_spans(layout))
     fields = _fields(spans)
     column = _columns(pw, spans)
@@ -203,14 +258,15 @@ def repack(pw: PackedWeight) -> TritonWeight:
     grouped = [span.group_steps for span in spans if span.tier.groups > 1]
     return TritonWeight(
         layout=layout,
-        words=_words(pw, fields),
-        scales=_scales(pw, spans),
+        words=_words(pw, fields, _lead(trellis)),
+        scales=_scales(pw, spans, _lead(trellis)),
         fields=_describe(fields).to(column.device),
         column=column,
         column_scale=column_scale,
         factor=factor,
         flush=next(f for f in FLUSHES if not any(g % f for g in grouped)) if grouped else 0,
         offsets=any(tier.offsets for tier in layout.tiers),
+        trellis=trellis,
         overlay=_overlay(pw, column) if layout.overlay else None,
     )
 
@@ -224,7 +280,7 @@ def _spans(layout: WeightLayout) -> Iterator[_Span]:
     slot = 1  # slot 0 is zero
     for tier in layout.tiers:
         span = _Span(tier, columns, row_bytes, scales, offsets, step, slot)
-        if tier.columns and (span.widths or layout.overlay):
+        if tier.columns and (span.kinds or layout.overlay):
             yield span
             step, slot = step + span.steps, slot + span.slots
         columns, row_bytes = columns + tier.columns, row_bytes + tier.row_bytes
@@ -232,23 +288,23 @@ def _spans(layout: WeightLayout) -> Iterator[_Span]:
 
 
 def _fields(spans: list[_Span]) -> list[_Field]:
-    """Every field, narrow ones first."""
+    """Every field, in the order of KINDS."""
     fields = []
     for span in spans:
         low = 0
-        for index, width in enumerate(span.widths):
-            fields.append(_Field(span, index, low, width))
-            low += width
-    return sorted(fields, key=lambda field: field.width)
+        for index, kind in enumerate(span.kinds):
+            fields.append(_Field(span, index, low, KINDS.index(kind)))
+            low += fields[-1].width * fields[-1].planes
+    return sorted(fields, key=lambda field: field.kind)
 
 
 def _describe(fields: list[_Field]) -> Tensor:
-    """int32 [1 + fields, FIELD]: where the fields of 1, 2 and 4 bits end; then, for each field,
+    """int32 [1 + fields, FIELD]: where the fields of each of KINDS end; then, for each field,
 
-    first block, blocks, first step of x, slot of its first scale, steps of a scale, factor of its
-    scales, slot of its first offset, steps of an offset, width.
+    first block, blocks of a plane, first step of x, slot of its first scale, steps of a scale,
+    factor of its scales, slot of its first offset, steps of an offset, width, kind.
     """
-    ends = [sum(field.width <= width for field in fields) for width in _WIDTHS]
+    ends = [sum(field.kind <= kind for field in fields) for kind in range(len(KINDS))]
     rows = [[*ends, *[0] * (FIELD - len(ends))]]
     nothing = (0, _WHOLE_ROW)
     block = 0
@@ -260,8 +316,8 @@ def _describe(fields: list[_Field]) -> Tensor:
             scale = (span.first_slot + planes_before * span.groups, span.group_steps)
         if tier.offset and field.index == 0:
             offset = (span.first_slot + span.scale_slots, span.group_steps)
-        factor = 2**field.low if tier.tied else 1
-        rows.append([block, field.blocks, span.first_step, *scale, factor, *offset, field.width])
+        place = block, field.plane_blocks, span.first_step
+        rows.append([*place, *scale, field.factor, *offset, field.width, field.kind])
         block += field.blocks
     return torch.tensor(rows, dtype=torch.int32)
 
@@ -278,66 +334,65 @@ def _columns(pw: PackedWeight, spans: list[_Span]) -> Tensor:
     return torch.cat(parts)
 
 
-def _scales(pw: PackedWeight, spans: list[_Span]) -> Tensor:
-    """float16 [tiles, slots, ROWS]: a zero; then of each tier the scales, one plane's groups after
+def _scales(pw: PackedWeight, spans: list[_Span], lead: int) -> Tensor:
+    """float16 [slots, rows]: a zero; then of each tier the scales, one plane's groups after
     another's, and the offsets. Groups of padding have zeros.
     """
     tensors, n = pw.tensors, pw.layout.n
     weight = tensors["weight"]
     parts = [torch.zeros(n, 1, dtype=torch.float16, device=weight.device)]
+    # exact: a byte says less than float16
+    every = stored_scales(tensors).half() if "scale" in tensors else parts[0]
     for span in spans:
         tier = span.tier
         stored = []
         if tier.scales:
-            scales = tensors["scale"][:, span.scales_before : span.scales_before + tier.scales]
+            scales = every[:, span.scales_before : span.scales_before + tier.scales]
             stored.append(scales.unflatten(1, (tier.groups, -1)).transpose(1, 2))
         if tier.offsets:
             offsets = tensors["offset"][:, span.offsets_before :]
             stored.append(offsets[:, None, : tier.offsets])
         padding = (0, span.groups - tier.groups)
         parts += [torch.nn.functional.pad(part, padding).flatten(1) for part in stored]
-    return _tiled(torch.cat(parts, 1)).transpose(1, 2).contiguous()
+    scales = torch.nn.functional.pad(torch.cat(parts, 1).T, (lead, -n % ROWS))
+    return scales.contiguous()
 
 
-def _tiled(rows: Tensor) -> Tensor:
-    """[n, ...] -> [tiles, ROWS, ...], zero past the last row."""
-    padded = rows.new_zeros(math.ceil(len(rows) / ROWS) * ROWS, *rows.shape[1:])
-    padded[: len(rows)] = rows
-    return padded.unflatten(0, (-1, ROWS))
+def _lead(trellis: int) -> int:
+    return LEAD if trellis else 0
 
 
-def _words(pw: PackedWeight, fields: list[_Field]) -> Tensor:
-    """int32 [tiles, blocks, ROWS, WORDS], the blocks of one field after those of the one before."""
+def _words(pw: PackedWeight, fields: list[_Field], lead: int) -> Tensor:
+    """int32 [blocks, rows, WORDS], the blocks of one field after those of the one before."""
     layout, weight = pw.layout, pw.tensors["weight"]
-    blocks = sum(field.blocks for field in fields)
-    tiles = math.ceil(layout.n / ROWS)
-    words = torch.zeros(tiles, blocks, ROWS, WORDS, dtype=torch.int32, device=weight.device)
-    tiles_at_once = max(1, _MOST_UNPACKED // (layout.k * ROWS))
-    for first in range(0, tiles, tiles_at_once):
-        chunk = words[first : first + tiles_at_once]
-        rows = weight[first * ROWS : (first + tiles_at_once) * ROWS]
+    shape = sum(field.blocks for field in fields), lead + layout.n + -layout.n % ROWS, WORDS
+    words = torch.zeros(shape, dtype=torch.int32, device=weight.device)
+    begin = lead
+    for rows in weight.split(max(1, _MOST_UNPACKED // layout.k)):
         block = 0
         for field in fields:
-            packed = _tiled(_field_words(rows, field))
-            chunk[:, block : block + field.blocks] = packed.transpose(1, 2)
-            block += field.blocks
+            for plane in range(field.planes):
+                packed = _plane_words(rows, field, plane).transpose(0, 1)
+                words[block : block + len(packed), begin : begin + len(rows)] = packed
+                block += len(packed)
+        begin += len(rows)
     return words
 
 
-def _field_words(rows: Tensor, field: _Field) -> Tensor:
-    """uint8 [r, row_bytes] -> int32 [r, blocks, WORDS] of one field.
+def _plane_words(rows: Tensor, field: _Field, plane: int) -> Tensor:
+    """uint8 [r, row_bytes] -> int32 [r, plane_blocks, WORDS] of one plane of a field.
 
     Bit `width * j + 16 * h` of word t begins the value of column j * STEP + 2 * t + h of a block.
     """
-    span, width = field.span, field.width
+    span, width, blocks = field.span, field.width, field.plane_blocks
     tier = span.tier
     if not tier.planes:
-        return torch.zeros(len(rows), field.blocks, WORDS, dtype=torch.int32, device=rows.device)
+        return torch.zeros(len(rows), blocks, WORDS, dtype=torch.int32, device=rows.device)
     data = rows[:, span.bytes_before : span.bytes_before + tier.row_bytes]
-    codes = unpack_codes(data, tier.planes, tier.columns) >> field.low & (2**width - 1)
+    codes = unpack_codes(data, tier.planes, tier.columns) >> field.low + plane & (2**width - 1)
     padded = codes.new_zeros(len(rows), span.steps * STEP)
     padded[:, span.position(rows.device)] = codes
-    values = padded.view(len(rows), field.blocks, 16 // width, WORDS, 2).to(torch.int32)
+    values = padded.view(len(rows), blocks, 16 // width, WORDS, 2).to(torch.int32)
     # the values lie in distinct bits, and the sum wraps into the sign
     return (values << _shifts(width, rows.device)).sum((2, 4), dtype=torch.int32)
 
@@ -357,7 +412,7 @@ def stored_rows(weight: TritonWeight, rows: Tensor) -> Tensor:
     spans = list(_spans(weight.layout))
     parts = []
     for some in rows.split(max(1, _MOST_UNPACKED // weight.layout.k)):
-        words = weight.words[some // ROWS, :, some % ROWS]
+        words = weight.words[:, weight.lead + some].transpose(0, 1)
         codes = _span_codes(words, _fields(spans))
         tiers = [pack_codes(codes[span], span.tier.planes) for span in spans if span in codes]
         parts.append(torch.cat([words.new_empty(len(some), 0, dtype=torch.uint8), *tiers], 1))
@@ -365,15 +420,17 @@ def stored_rows(weight: TritonWeight, rows: Tensor) -> Tensor:
 
 
 def _span_codes(words: Tensor, fields: list[_Field]) -> dict[_Span, Tensor]:
-    """int32 [r, blocks, WORDS] -> uint8 [r, tier.columns] of each tier that has planes."""
+    """int32 [r, blocks, WORDS] -> stored codes uint8 [r, tier.columns] of each tier with planes."""
     codes: dict[_Span, Tensor] = {}
     block = 0
     for field in fields:
         span, width = field.span, field.width
-        if span.tier.planes:
-            own = words[:, block : block + field.blocks, None, :, None]
+        for plane in range(field.planes if span.tier.planes else 0):
+            begin = block + plane * field.plane_blocks
+            own = words[:, begin : begin + field.plane_blocks, None, :, None]
             values = own >> _shifts(width, words.device) & (2**width - 1)
-            part = values.flatten(1)[:, span.position(words.device)].to(torch.uint8) << field.low
+            values = values.flatten(1)[:, span.position(words.device)]
+            part = values.to(torch.uint8) << field.low + plane
             codes[span] = codes[span] | part if span in codes else part
         block += field.blocks
     return codes
@@ -383,7 +440,7 @@ def _overlay(pw: PackedWeight, column: Tensor) -> Overlay:
     layout, tensors = pw.layout, pw.tensors
     rows, columns = overlay_positions(layout, tensors)
     bare = {name: t for name, t in tensors.items() if not name.startswith("overlay_")}
-    planes = WeightLayout(layout.n, layout.k, layout.tiers, layout.column_scale)
+    planes = dataclasses.replace(layout, overlay=0, overlay_bytes=0)
     below = dequantize(PackedWeight(planes, bare))
     delta = tensors["overlay_value"].float() * tensors["overlay_scale"].float()[rows]
     delta -= below[rows, columns]

@@ -21,8 +21,9 @@ from torch import Tensor
 import pbq_kernels
 from pbq_kernels import PackedWeight, Tier, WeightLayout, select
 from pbq_kernels.reference import dequantize
-from pbq_kernels.triton_backend import CONFIGS, TritonBackend, config, splits
-from pbq_kernels.triton_layout import ROWS, STEP, WORDS, TritonWeight, repack, stored_rows
+from pbq_kernels.trellis import POLYNOMIALS, sums
+from pbq_kernels.triton_backend import CONFIGS, TRELLIS_CONFIGS, TritonBackend, config, splits
+from pbq_kernels.triton_layout import KINDS, ROWS, STEP, TritonWeight, repack, stored_rows
 
 pytest.importorskip("triton")
 
@@ -64,6 +65,12 @@ class Case(NamedTuple):
 HALVES = (torch.float16, torch.bfloat16)
 PAPER = [Tier(1, 77), Tier(4, 19, tied=True, offset=True)]
 WATERFILL = [Tier(0, 200), Tier(1, 720), Tier(2, 300), Tier(3, 120), Tier(4, 80)]
+UNEVEN = {"tied": True, "uneven": True, "trellis": 12}
+DEFAULT = [
+    *(Tier(0, 50), Tier(1, 530, **UNEVEN), Tier(2, 200, **UNEVEN), Tier(3, 99, **UNEVEN)),
+    Tier(4, 21, tied=True, trellis=12),
+]
+EVEN = [Tier(p, 11 * p, tied=True, trellis=4, offset=p == 2) for p in range(1, 8)]
 PRUNED = [Tier(0, 20), Tier(1, 40), Tier(0, 3, offset=True)]
 BOTH = {"column_scale": True, "overlay": 0.1}
 CASES = {
@@ -91,6 +98,13 @@ CASES = {
     "column scale": Case(33, 96, PAPER, {"column_scale": True}),
     "overlay": Case(33, 63, PRUNED, {"overlay": 0.1}, tokens=(1, 17)),
     "both": Case(33, 577, [Tier(0, 77), Tier(1, 500, offset=True)], BOTH),
+    "trellises": Case(65, 900, DEFAULT, tokens=(1, 9, 17)),
+    "trellises above few rows": Case(3, 100, [Tier(1, 100, **UNEVEN)]),
+    "trellises of even levels": Case(33, 308, EVEN),
+    "trellises with both": Case(130, 900, [*DEFAULT[:-1], Tier(2, 21, offset=True)], BOTH),
+    "dense trellises": Case(130, 900, DEFAULT, {"overlay": 0.05}, tokens=(65,)),
+    "gradient through trellises": Case(65, 900, DEFAULT),
+    "scales in a byte": Case(33, 63, [Tier(1, 40), Tier(2, 23, tied=True)], {"scale_bits": 8}),
     "small batch": Case(70, 96, PAPER, tokens=(33, 64)),
     "dense": Case(70, 577, [Tier(0, 77), Tier(2, 500, offset=True, group_size=64)], tokens=(65,)),
     "dense with both": Case(70, 96, PAPER, BOTH, tokens=(65,)),
@@ -179,25 +193,53 @@ def test_the_gradient_reaches_x(
 
 def decode(weight: TritonWeight) -> Tensor:
     """float64 [n, k] by the rules of docs/kernels.md, column after column, no column scale."""
-    stored = torch.zeros(weight.words.shape[0] * ROWS, weight.steps * STEP, dtype=torch.float64)
+    stored = torch.zeros(weight.rows, weight.steps * STEP, dtype=torch.float64)
+    scales = weight.scales.double()
     for field in weight.fields[1:].tolist():
-        block, blocks, step, scale, scale_steps, factor, offset, offset_steps, width = field
-        words = weight.words[:, block : block + blocks].transpose(1, 2).reshape(-1, blocks, WORDS)
+        block, blocks, step, scale, scale_steps, factor, offset, offset_steps, width, kind = field
         for c in range(blocks * 16 // width * STEP):
             j, t, half = c // STEP % (16 // width), c % STEP // 2, c % 2
-            word = words[:, c // (16 // width * STEP), t].long()
-            code = word >> (width * j + 16 * half) & (2**width - 1)
-            scales = weight.scales.transpose(1, 2).flatten(0, 1).double()
-            value = (2 * code - (2**width - 1)) * scales[:, scale + c // STEP // scale_steps]
+            first = block + c // (16 // width * STEP)
+            planes = [
+                weight.words[first + p * blocks, :, t].long() >> (width * j + 16 * half)
+                for p in range(max(1, len(KINDS[kind][1]) - 1))
+            ]
+            level = 2 * (planes[0] & (2**width - 1)) - (2**width - 1)
+            if KINDS[kind][1]:
+                level = made_levels([plane & 1 for plane in planes], kind, weight.trellis)
+            value = level * scales[scale + c // STEP // scale_steps]
             stored[:, step * STEP + c] += factor * value
-            stored[:, step * STEP + c] += scales[:, offset + c // STEP // offset_steps]
+            stored[:, step * STEP + c] += scales[offset + c // STEP // offset_steps]
     W = torch.zeros(weight.n, weight.k, dtype=torch.float64)
     valid = weight.column >= 0
-    W[:, weight.column[valid].long()] = stored[: weight.n, valid]
+    W[:, weight.column[valid].long()] = stored[weight.lead :][: weight.n, valid]
     return W
 
 
-@pytest.mark.parametrize("name", ["paper", "zero to four planes", "tied planes", "groups of 32"])
+def made_levels(planes: list[Tensor], kind: int, memory: int) -> Tensor:
+    """Bits of one column, a path and the planes above two -> its levels, by rows."""
+    path, *others = (plane.tolist() for plane in planes)
+    h1, h0 = POLYNOMIALS[memory]
+
+    def tapped(r: int, h: int) -> int:
+        return sum(path[r - i] for i in range(13) if h >> i & 1 and r >= i) % 2
+
+    even, depth = KINDS[kind][1] == (1, 2), len(KINDS[kind][1])
+    levels = [level for level, _ in sums(depth, not even)]
+    places = [
+        tapped(r, h0) + 2 * tapped(r, h1) + sum(4 * 2**p * bits[r] for p, bits in enumerate(others))
+        for r in range(len(path))
+    ]
+    return torch.tensor([levels[place] for place in places])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("paper", "zero to four planes", "tied planes", "groups of 32", "trellises"),
+        *("trellises of even levels", "scales in a byte"),
+    ],
+)
 def test_the_layout_is_as_documented(name: str, random_packed: RandomPacked) -> None:
     case = CASES[name]
     pw = random_packed(case.n, case.k, case.tiers)
@@ -237,6 +279,15 @@ def test_padding_costs_little(share: float, random_packed: RandomPacked) -> None
     assert held < 1.08 * sum(pw.tensors[name].nbytes for name in ("weight", "scale"))
 
 
+def test_a_trellis_is_held_as_it_is_stored(random_packed: RandomPacked) -> None:
+    shares = (369, 1966, 983, 491)
+    tiers = [Tier(p, c, **UNEVEN) if p else Tier(0, c) for p, c in enumerate(shares)]
+    tiers.append(Tier(4, 4096 - sum(shares), tied=True, trellis=12))
+    pw = random_packed(512, 4096, tiers)
+    weight, plain = repack(pw), repack(pw.plain())
+    assert weight.words.nbytes + weight.scales.nbytes < 0.72 * plain.words.nbytes
+
+
 # --- what is chosen -----------------------------------------------------------------------------
 
 
@@ -245,6 +296,14 @@ def test_padding_costs_little(share: float, random_packed: RandomPacked) -> None
     [
         (WeightLayout(8, 64, (Tier(1, 64, group_size=31),)), "groups of 31 columns"),
         (WeightLayout(8, 64, (Tier(1, 64),), False, 400, 200), "overlay of 78%"),
+        (
+            WeightLayout(8, 64, tuple(Tier(1, 32, tied=True, trellis=m) for m in (4, 12))),
+            "trellises of two memories",
+        ),
+        (
+            WeightLayout(8, 64, (Tier(1, 64, tied=True, trellis=4, group_size=32),)),
+            "trellises beside groups",
+        ),
         (WeightLayout(8, 64, (Tier(1, 64),)), "the weight is on cpu"),
     ],
 )
@@ -277,10 +336,12 @@ def test_a_missing_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("target", CONFIGS)
-def test_every_number_of_tokens_has_a_tile(target: str) -> None:
+@pytest.mark.parametrize("trellis", [0, 12])
+def test_every_number_of_tokens_has_a_tile(target: str, trellis: int) -> None:
+    last = (TRELLIS_CONFIGS if trellis else CONFIGS)[target][-1]
     for tokens in range(1, 100):
-        tile = config(tokens, target)
-        assert tile.tokens >= tokens or tile == CONFIGS[target][-1]
+        tile = config(tokens, target, trellis)
+        assert tile.tokens >= tokens or tile == last
         assert ROWS % tile.rows == 0
 
 

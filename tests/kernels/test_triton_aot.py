@@ -7,13 +7,14 @@ import pytest
 pytest.importorskip("triton")
 
 from pbq_kernels import triton_aot
-from pbq_kernels.triton_aot import SHARED_MEMORY, TARGETS, Variant, compile_for
-from pbq_kernels.triton_backend import CONFIGS
+from pbq_kernels.triton_aot import SHARED_MEMORY, TARGETS, TRELLIS, Variant, compile_for
+from pbq_kernels.triton_backend import CONFIGS, TRELLIS_CONFIGS
 
 NVIDIA, AMD = CONFIGS["cuda"], CONFIGS["hip"]
 OTHERS = [
     triton_aot.gather("bf16", 4, scaled=True),
     triton_aot.dequantize("fp16", scaled=True),
+    triton_aot.dequantize("bf16", scaled=False, trellis=TRELLIS),
     triton_aot.overlay("bf16", "i16"),
     triton_aot.add("bf16"),
 ]
@@ -23,6 +24,7 @@ SOME = [
     ("sm_90", triton_aot.matmul("fp16", NVIDIA[2], 0, offsets=True)),
     ("gfx942", triton_aot.matmul("bf16", AMD[0], 0, offsets=True)),
     ("gfx942", triton_aot.matmul("fp16", AMD[1], 2, offsets=False)),
+    ("gfx942", triton_aot.matmul("bf16", AMD[0], 0, offsets=False, trellis=TRELLIS)),
     *(("sm_90", variant) for variant in OTHERS),
     *(("gfx942", variant) for variant in OTHERS),
 ]
@@ -56,8 +58,21 @@ def test_decoding_takes_few_instructions(tile: triton_aot.Config) -> None:
     counted = triton_aot.instructions_per_weight(compiled, tile)
     assert compiled.spills == 0
     assert compiled.shared <= SHARED_MEMORY["sm_90"]
-    assert counted[1] <= 2.2
-    assert counted[4] <= 3.0
+    one, _, four = counted
+    assert one <= 2.2
+    assert four <= 3.0
+
+
+def test_a_trellis_takes_few_instructions() -> None:
+    tile = TRELLIS_CONFIGS["cuda"][0]
+    compiled = compile_for(
+        "sm_90", triton_aot.matmul("bf16", tile, 0, offsets=True, trellis=TRELLIS)
+    )
+    counted = triton_aot.instructions_per_weight(compiled, tile, TRELLIS)
+    assert compiled.spills == 0
+    assert compiled.shared <= 99 * 1024
+    # made of 1, 1, 2 and 3 stored bits
+    assert all(n <= most for n, most in zip(counted[3:], (3.4, 3.4, 4.8, 6.4), strict=True))
 
 
 def test_loops_are_found_by_their_branches() -> None:
