@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from pbq_kernels import BACKENDS, PackedWeight, Tier, WeightLayout
 from pbq_kernels.reference import dequantize
+from pbq_kernels.scales import encoded_scales
 
 # (out_features, in_features) of the linears of a block.
 MODELS = {
@@ -35,7 +36,8 @@ MODELS = {
     "Qwen3-32B": ((8192, 5120), (1024, 5120), (5120, 8192), (25600, 5120), (5120, 25600)),
 }
 TOKENS = (1, 4, 16, 64, 512)
-# Tiers by share of the columns; the last takes the rest.
+UNEVEN = {"tied": True, "trellis": 12, "uneven": True}
+# Tiers by share of the columns; the last takes the rest. With trellises: as the default makes them.
 MIXES: dict[str, tuple[tuple[float, dict[str, Any]], ...]] = {
     "1 bit": ((1.0, {"planes": 1}),),
     "1.61 bits, 1+4": ((0.82, {"planes": 1}), (0.18, {"planes": 4, "tied": True, "offset": True})),
@@ -43,11 +45,16 @@ MIXES: dict[str, tuple[tuple[float, dict[str, Any]], ...]] = {
         *((0.09, {"planes": 0}), (0.48, {"planes": 1}), (0.24, {"planes": 2})),
         *((0.12, {"planes": 3}), (0.07, {"planes": 4})),
     ),
+    "trellises, 0-4": (
+        (0.09, {"planes": 0}),
+        *((share, {"planes": p, **UNEVEN}) for p, share in ((1, 0.48), (2, 0.24), (3, 0.12))),
+        (0.07, {"planes": 4, "tied": True, "trellis": 12}),
+    ),
     "2 bits, groups of 128": ((1.0, {"planes": 2, "offset": True, "group_size": 128}),),
 }
 AWKWARD = ((33, 577), (65, 1420), (130, 4097))
 AWKWARD_TOKENS = (1, 3, 17, 33, 65)
-MODEL_MIX = "1.61 bits, 1+4"
+MODEL_MIX = "trellises, 0-4"
 BACKEND = BACKENDS["triton"]
 L2_TIMES = 4
 REPLAYS = 20
@@ -62,7 +69,7 @@ def packed_weight(n: int, k: int, mix: str, seed: int = 0) -> PackedWeight:
     tiers = tuple(
         Tier(columns=count, **kind) for count, (_, kind) in zip(counts, MIXES[mix], strict=True)
     )
-    layout = WeightLayout(n, k, tiers)
+    layout = WeightLayout(n, k, tiers, scale_bits=8 if any(t.uneven for t in tiers) else 16)
     owner = torch.repeat_interleave(torch.tensor(counts)).byte().cuda()
 
     def halves(count: int) -> Tensor:
@@ -76,6 +83,8 @@ def packed_weight(n: int, k: int, mix: str, seed: int = 0) -> PackedWeight:
         "offset": halves(sum(tier.offsets for tier in tiers)),
         "tier": owner[torch.randperm(k, generator=generator, device="cuda")],
     }
+    if layout.scale_bits == 8:
+        drawn["scale"], drawn["scale_exponent"] = encoded_scales(drawn["scale"].float())
     return PackedWeight(layout, {name: drawn[name] for name in layout.tensors()})
 
 

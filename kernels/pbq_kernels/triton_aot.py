@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from pbq_kernels.triton_backend import (
     TRELLIS_CONFIGS,
     Config,
 )
-from pbq_kernels.triton_layout import FLUSHES, KINDS, WORDS
+from pbq_kernels.triton_layout import FLUSHES, KINDS, SUM_STEPS, TRELLIS_WORDS, WORDS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -38,7 +38,6 @@ TARGETS = {
 }
 # Bytes of shared memory that one program may use. All of NVIDIA's GPUs since sm_80 have 99 KiB.
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
-_DEFAULT_WARPS = 4
 TRELLIS = 12  # the memory that quantization chooses
 _POINTERS = {
     "words": "*i32",
@@ -57,8 +56,7 @@ class Variant:
     kernel: str
     types: Mapping[str, str]  # of every argument that is no constant
     constants: Mapping[str, Any]
-    warps: int = _DEFAULT_WARPS
-    stages: int | None = None
+    options: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,6 +87,8 @@ def variants(target: str) -> Iterator[Variant]:
         for flag in (False, True):
             for summed in (0, *FLUSHES):
                 yield gather(dtype, summed, scaled=flag)
+            yield gather(dtype, 0, scaled=flag, trellis=TRELLIS)
+            yield gather(dtype, SUM_STEPS, scaled=flag, trellis=TRELLIS)
             yield dequantize(dtype, scaled=flag)
             yield dequantize(dtype, scaled=flag, trellis=TRELLIS)
         yield add(dtype)
@@ -108,7 +108,7 @@ def matmul(
             "factor": "fp32",
         },
         {
-            **_filter(trellis),
+            **_form(trellis),
             **{
                 "FLUSH": flush,
                 "OFFSETS": offsets,
@@ -117,26 +117,29 @@ def matmul(
                 "WIDE": False,
             },
         },
-        tile.warps,
-        tile.stages,
+        tile.options,
     )
 
 
-def gather(dtype: str, summed: int, *, scaled: bool) -> Variant:
+def gather(dtype: str, summed: int, *, scaled: bool, trellis: int = 0) -> Variant:
     return Variant(
-        f"gather {dtype}{', scaled' * scaled}, sums of {summed}",
+        f"gather {dtype}{', scaled' * scaled}, sums of {summed}{', trellises' * bool(trellis)}",
         "gather_kernel",
         {
             **_pointers("sums", x=dtype, column="i32", column_scale="fp32", out=dtype),
             **_integers("k steps"),
         },
-        {"SCALED": scaled, "SUMMED": summed, "BLOCK": GATHER_BLOCK},
+        {
+            **{"SCALED": scaled, "SUMMED": summed, "BLOCK": GATHER_BLOCK},
+            "STEP": 2 * (TRELLIS_WORDS if trellis else WORDS),
+        },
     )
 
 
-def _filter(trellis: int) -> dict[str, int]:
+def _form(trellis: int) -> dict[str, int]:
     h1, h0 = POLYNOMIALS.get(trellis, (0, 1))
-    return {"H1": h1, "DELAY": h0.bit_length() - 1}
+    words = TRELLIS_WORDS if trellis else WORDS
+    return {"H1": h1, "DELAY": h0.bit_length() - 1, "WORDS": words}
 
 
 def dequantize(dtype: str, *, scaled: bool, trellis: int = 0) -> Variant:
@@ -149,7 +152,7 @@ def dequantize(dtype: str, *, scaled: bool, trellis: int = 0) -> Variant:
             **_integers("n rows steps"),
             "factor": "fp32",
         },
-        {**_filter(trellis), "SCALED": scaled, "BN": DEQUANTIZE_ROWS},
+        {**_form(trellis), "SCALED": scaled, "BN": DEQUANTIZE_ROWS},
     )
 
 
@@ -160,7 +163,7 @@ def overlay(dtype: str, column: str) -> Variant:
         "overlay_kernel",
         {**pointers, "delta_scale_ptr": "*fp32", **_integers("m n k")},
         {"ENTRIES": OVERLAY_ENTRIES, "BM": OVERLAY_TOKENS},
-        warps=1,
+        {"num_warps": 1},
     )
 
 
@@ -195,9 +198,7 @@ def compile_for(target: str, variant: Variant) -> Compiled:
             if dtype.startswith("*")
         },
     )
-    options: dict[str, Any] = {"num_warps": variant.warps, "enable_fp_fusion": True}
-    if variant.stages is not None:
-        options["num_stages"] = variant.stages
+    options = {"enable_fp_fusion": True, **variant.options}
     built = triton.compile(source, target=TARGETS[target], options=options)
     if TARGETS[target].backend == "hip":
         return _read_amd(built.asm["amdgcn"], built.metadata.shared)
@@ -243,7 +244,7 @@ def instructions_per_weight(compiled: Compiled, tile: Config, trellis: int = 0) 
     multiplying = [n for n, body in loops if re.search(r"\b[HQ]G?MMA\.", body)]
     if len(multiplying) != kinds:
         raise ValueError(f"{len(multiplying)} loops with matrix products, expected {kinds}")
-    words = tile.rows * WORDS / (32 * tile.warps)
+    words = tile.rows * (TRELLIS_WORDS if trellis else WORDS) / (32 * tile.warps)
     return [n / (words * 32 / width) for (width, _), n in zip(KINDS, multiplying, strict=False)]
 
 

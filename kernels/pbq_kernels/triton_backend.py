@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pbq_kernels import triton_layout
 from pbq_kernels.layout import PackedWeight, WeightLayout
-from pbq_kernels.triton_layout import ROWS, STEP, TritonWeight
+from pbq_kernels.triton_layout import ROWS, TritonWeight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -40,23 +40,33 @@ _MOST_SPLITS = 8
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of `matmul_kernel`: rows by tokens, and how it is compiled."""
+    """Tile of `matmul_kernel`: rows by tokens, and how it is compiled.
+
+    registers: that a thread may have; 0 leaves it to ptxas, which may take too few and spill some.
+    """
 
     tokens: int
     rows: int
     warps: int
     stages: int
+    registers: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton compiles with."""
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 # A config serves as many tokens as it has, the last one any number of them. AMD's matrix
 # instructions have no 8 columns.
 CONFIGS = {
-    "cuda": (Config(8, 32, 2, 4), Config(16, 32, 2, 3), Config(32, 64, 4, 2)),
+    "cuda": (Config(8, 32, 2, 4), Config(16, 32, 2, 3), Config(32, 64, 4, 2, registers=255)),
     "hip": (Config(16, 32, 2, 2), Config(32, 64, 4, 2)),
 }
-# A trellis has its words loaded eight times, into shared memory where there are stages.
+# Words of a path are loaded into shared memory eight times, so fewer stages.
 TRELLIS_CONFIGS = {
-    "cuda": (Config(8, 32, 2, 3), Config(16, 32, 2, 2), Config(32, 64, 4, 1)),
+    "cuda": (Config(8, 32, 2, 3, registers=128), Config(16, 32, 2, 3), Config(32, 64, 4, 2)),
     "hip": CONFIGS["hip"],
 }
 
@@ -151,14 +161,14 @@ def _fused(x: Tensor, weight: TritonWeight) -> Tensor:
         *(weight.fields, partial, m, n, weight.rows, weight.steps, weight.factor),
         H1=h1,
         DELAY=delay,
+        WORDS=weight.words.shape[2],
         FLUSH=weight.flush,
         OFFSETS=weight.offsets,
         BN=tile.rows,
         BM=tile.tokens,
         WIDE=INTERPRETED,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
         enable_fp_fusion=True,
+        **tile.options,
     )
     if overlay is not None:
         kernels.overlay_kernel[(n, math.ceil(m / OVERLAY_TOKENS))](
@@ -177,9 +187,9 @@ def _fused(x: Tensor, weight: TritonWeight) -> Tensor:
 
 
 def _gather(x: Tensor, weight: TritonWeight, *, scaled: bool) -> tuple[Tensor, Tensor]:
-    """(x [m, steps * STEP] in stored order, zero at padding; its sums, float32, for offsets)."""
+    """(x [m, columns] in stored order, zero at padding; its sums, float32, for offsets)."""
     m, steps = len(x), weight.steps
-    gathered = x.new_empty(m, steps * STEP)
+    gathered = x.new_empty(m, len(weight.column))
     summed = weight.sum_steps if scaled else 0
     sums = torch.empty(m, steps // (summed or steps), dtype=torch.float32, device=x.device)
     scaled = scaled and weight.column_scale is not None
@@ -188,6 +198,7 @@ def _gather(x: Tensor, weight: TritonWeight, *, scaled: bool) -> tuple[Tensor, T
         *(weight.k, steps),
         SCALED=scaled,
         SUMMED=summed,
+        STEP=weight.step_columns,
         BLOCK=GATHER_BLOCK,
         enable_fp_fusion=True,
     )
@@ -204,8 +215,8 @@ def _dense(x: Tensor, weight: TritonWeight) -> Tensor:
 
 
 def _dense_rows(weight: TritonWeight, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Dense rows [r, steps * STEP] of the weight in stored order, tile after tile."""
-    columns = weight.steps * STEP
+    """Dense rows [r, columns] of the weight in stored order, tile after tile."""
+    columns = len(weight.column)
     rows = max(1, _MOST_DENSE // (columns * ROWS)) * ROWS
     stored = dtype if dtype in FUSED else torch.float32
     scaled = weight.column_scale is not None
@@ -219,6 +230,7 @@ def _dense_rows(weight: TritonWeight, dtype: torch.dtype) -> Iterator[Tensor]:
             *(n, weight.rows, weight.steps, weight.factor),
             H1=h1,
             DELAY=delay,
+            WORDS=weight.words.shape[2],
             SCALED=scaled,
             BN=DEQUANTIZE_ROWS,
             enable_fp_fusion=True,
@@ -229,7 +241,7 @@ def _dense_rows(weight: TritonWeight, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def _add_overlay(out: Tensor, weight: TritonWeight, tile: int) -> None:
-    """Add the overlay to out [r, steps * STEP], the rows from a tile on. Waits for no GPU."""
+    """Add the overlay to out [r, columns], the rows from a tile on. Waits for no GPU."""
     overlay = weight.overlay
     assert overlay is not None
     begin, end = tile * ROWS, tile * ROWS + len(out)
@@ -257,7 +269,7 @@ class _Multiply(torch.autograd.Function):
         (grad,) = grads
         weight: TritonWeight = ctx.weight
         flat = grad.reshape(-1, weight.n)
-        stored = torch.zeros(len(flat), weight.steps * STEP, device=grad.device)
+        stored = torch.zeros(len(flat), len(weight.column), device=grad.device)
         begin = 0
         for rows in _dense_rows(weight, grad.dtype):
             stored += flat[:, begin : begin + len(rows)] @ rows

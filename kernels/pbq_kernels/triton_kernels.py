@@ -13,12 +13,12 @@ import triton.language as tl
 
 from pbq_kernels import triton_layout
 
-# A word holds one bit of 32 columns, two of 16, or four of 8; see triton_layout.
-WORDS = tl.constexpr(triton_layout.WORDS)  # words of a block, in each row
-STEP = tl.constexpr(triton_layout.STEP)  # columns that one shift takes out of a block
+# WORDS: of a block, in each row; one holds one bit of 32 columns, two of 16, or four of 8; see
+# triton_layout. STEP: columns that one shift takes out of a block, two of each word.
 FIELD = tl.constexpr(triton_layout.FIELD)  # numbers that describe a field
 SUM_STEPS = tl.constexpr(triton_layout.SUM_STEPS)  # steps of one sum of x, where FLUSH is 0
-TOGETHER = tl.constexpr(4)  # steps of one product of matrices: more of them compile more slowly
+# Columns of one product of matrices, with a trellis: smaller products compile more slowly.
+TOGETHER = tl.constexpr(128)
 
 _KINDS = tl.constexpr(len(triton_layout.KINDS))
 _PLAIN = tl.constexpr(sum(not weights for _, weights in triton_layout.KINDS))
@@ -49,7 +49,7 @@ def _signed(
     dtype: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Steps of int32 words [r, WORDS] from `first` on, dtype [r, STEPS * STEP].
+    """Steps of int32 words [r, w] from `first` on, dtype [r, STEPS * 2 * w].
 
     Two at a time. One bit turns the sign of `minus`. More become the mantissa of a number whose
     exponent makes the last place a two; what that adds is subtracted, exactly, which leaves the odd
@@ -62,7 +62,7 @@ def _signed(
         large: tl.constexpr = 0x68006800 if dtype == tl.float16 else 0x43804380
         pair = ((words[:, None, :] >> (WIDTH * step)) & (((1 << WIDTH) - 1) * 0x10001)) | large
     halves = tl.join(pair.to(tl.int16), (pair >> 16).to(tl.int16))
-    values = halves.reshape(words.shape[0], STEPS * STEP).to(dtype, bitcast=True)
+    values = halves.reshape(words.shape[0], STEPS * 2 * words.shape[1]).to(dtype, bitcast=True)
     if WIDTH > 1:
         excess: tl.constexpr = (2048 if dtype == tl.float16 else 256) + (1 << WIDTH) - 1
         if WIDE:
@@ -73,11 +73,11 @@ def _signed(
 
 
 @triton.jit
-def _path(words, H1: tl.constexpr, DELAY: tl.constexpr):
+def _path(words, H1: tl.constexpr, DELAY: tl.constexpr, WORDS: tl.constexpr):
     """Pointers to words of a path -> the words of planes 0 and 1 that a trellis makes (trellis.py).
 
-    Rows of WORDS lie one after another; those above the first are zero. A row is read up to eight
-    times, all but once from the first cache.
+    Rows lie one after another; those above the first are zero. A row is read up to eight times, all
+    but once from the first cache.
     """
     plane_0 = tl.load(words - DELAY * WORDS, cache_modifier=".ca")
     plane_1 = tl.load(words, cache_modifier=".ca")
@@ -109,7 +109,14 @@ def _signs_of_16(a, b, c, d):
 
 
 @triton.jit
-def _planes(words, plane, MADE: tl.constexpr, H1: tl.constexpr, DELAY: tl.constexpr):
+def _planes(
+    words,
+    plane,
+    MADE: tl.constexpr,
+    H1: tl.constexpr,
+    DELAY: tl.constexpr,
+    WORDS: tl.constexpr,
+):
     """Pointers to words of a field -> a tuple of words; MADE planes by a trellis, or what is there.
 
     plane: how far it is from the words of one stored plane to those of the next.
@@ -117,7 +124,7 @@ def _planes(words, plane, MADE: tl.constexpr, H1: tl.constexpr, DELAY: tl.conste
     if MADE == 0:
         return (tl.load(words),)
     else:
-        a, b = _path(words, H1, DELAY)
+        a, b = _path(words, H1, DELAY, WORDS)
         if MADE == 2:
             return a, b
         elif MADE == 3:
@@ -139,6 +146,7 @@ def _add_fields(
     KIND: tl.constexpr,
     H1: tl.constexpr,
     DELAY: tl.constexpr,
+    WORDS: tl.constexpr,
     FLUSH: tl.constexpr,
     OFFSETS: tl.constexpr,
     BN: tl.constexpr,
@@ -151,7 +159,8 @@ def _add_fields(
     STEPS: tl.constexpr = 16 // WIDTH
     MADE: tl.constexpr = len(_WEIGHTS[KIND])
     MINUS: tl.constexpr = (_MINUS_FLOAT16 if dtype == tl.float16 else _MINUS_BFLOAT16)[KIND]
-    J: tl.constexpr = FLUSH if FLUSH > 0 else (TOGETHER if H1 > 0 else 1)
+    STEP: tl.constexpr = 2 * WORDS
+    J: tl.constexpr = FLUSH if FLUSH > 0 else (min(TOGETHER // STEP, STEPS) if H1 > 0 else 1)
     split, splits = tl.program_id(1), tl.num_programs(1)
     block_words = rows.to(tl.int64) * WORDS
     x += tl.arange(0, J * STEP)[:, None]
@@ -169,7 +178,7 @@ def _add_fields(
         row_total = tl.zeros((BN, BM), tl.float32)
         for b in range(begin, blocks, splits):
             at = words + (block + b) * block_words
-            planes = _planes(at, blocks * block_words, MADE, H1, DELAY)
+            planes = _planes(at, blocks * block_words, MADE, H1, DELAY, WORDS)
             step = first_step + b * STEPS
             x_0 = x + step * STEP
             for j in tl.static_range(0, STEPS, J):
@@ -221,6 +230,7 @@ def matmul_kernel(
     factor,
     H1: tl.constexpr,
     DELAY: tl.constexpr,
+    WORDS: tl.constexpr,
     FLUSH: tl.constexpr,
     OFFSETS: tl.constexpr,
     BN: tl.constexpr,
@@ -232,8 +242,9 @@ def matmul_kernel(
     Program (row tile, split, token tile). rows: of words and scales, with those above the first, to
     which their pointers point. H1, DELAY: of the trellis; H1 is 0 where there is none. FLUSH: steps
     between two scales of a group; 0: a scale a row, as with a trellis. OFFSETS: some field has
-    offsets; sums is then what `gather_kernel` wrote for as many steps (SUM_STEPS, where FLUSH is 0).
+    offsets; sums is then what `gather_kernel` wrote for as many steps (SUM_STEPS if FLUSH is 0).
     """
+    STEP: tl.constexpr = 2 * WORDS
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     token = tl.program_id(2) * BM + tl.arange(0, BM)
     is_token = token < m
@@ -245,7 +256,7 @@ def matmul_kernel(
     for kind in tl.static_range(_KINDS if H1 > 0 else _PLAIN):
         total = _add_fields(
             total, fields_ptr, words, rows, scales, x, sums, is_token, kind,
-            H1, DELAY, FLUSH, OFFSETS, BN, BM, WIDE,
+            H1, DELAY, WORDS, FLUSH, OFFSETS, BN, BM, WIDE,
         )  # fmt: skip
     y = y_ptr + (tl.program_id(1).to(tl.int64) * m + token[None, :]) * n + row[:, None]
     is_inside = is_token[None, :] & (row < n)[:, None]
@@ -263,6 +274,7 @@ def gather_kernel(
     steps,
     SCALED: tl.constexpr,
     SUMMED: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out [m, steps * STEP] = x [m, k] at `column`, 0 where that is -1.
@@ -301,6 +313,7 @@ def dequantize_kernel(
     factor,
     H1: tl.constexpr,
     DELAY: tl.constexpr,
+    WORDS: tl.constexpr,
     SCALED: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -308,6 +321,7 @@ def dequantize_kernel(
 
     The pointers to words and scales are to the first of these rows; rows, H1, DELAY: as above.
     """
+    STEP: tl.constexpr = 2 * WORDS
     step = tl.program_id(0)
     row = tl.program_id(1) * BN + tl.arange(0, BN)
     words = words_ptr + row[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
@@ -328,7 +342,9 @@ def dequantize_kernel(
                     value = _odd(tl.load(at), shift, width)
                 for k in tl.static_range(_PLAIN, _KINDS):
                     if kind == k:
-                        planes = _planes(at, blocks * block_words, len(_WEIGHTS[k]), H1, DELAY)
+                        planes = _planes(
+                            at, blocks * block_words, len(_WEIGHTS[k]), H1, DELAY, WORDS
+                        )
                         for p in tl.static_range(len(_WEIGHTS[k])):
                             value += _odd(planes[p], shift, 1) * _WEIGHTS[k][p]
             else:
@@ -346,10 +362,10 @@ def dequantize_kernel(
 
 @triton.jit
 def _odd(words, shift, width):
-    """int32 words [r, WORDS] -> the values of `width` bits at `shift` as odd integers [r, STEP]."""
+    """int32 words [r, w] -> the values of `width` bits at `shift` as odd integers [r, 2 * w]."""
     most = (1 << width) - 1
     code = tl.join((words >> shift) & most, (words >> (shift + 16)) & most)
-    return 2 * code.reshape(words.shape[0], STEP) - most
+    return 2 * code.reshape(words.shape[0], 2 * words.shape[1]) - most
 
 
 @triton.jit(do_not_specialize=["m", "n", "k"])

@@ -26,11 +26,11 @@ from pbq_kernels.layout import (
 from pbq_kernels.reference import dequantize
 from pbq_kernels.trellis import POLYNOMIALS, WEIGHTS, plane_weights
 
-WORDS = 16
-STEP = 32
 FIELD = 10
 SUM_STEPS = 4
 
+# Words of a block in each row. Fewer of them pad tiers to fewer columns, and cost instructions.
+WORDS, TRELLIS_WORDS = 16, 8
 ROWS = 64  # rows are padded to a multiple of it
 LEAD = 16  # rows of zeros above the first, where there is a trellis: it looks at 12 at most
 
@@ -71,11 +71,11 @@ class TritonWeight:
     """
 
     layout: WeightLayout
-    words: Tensor  # int32 [blocks, rows, WORDS]: see `_words`
+    words: Tensor  # int32 [blocks, rows, WORDS or TRELLIS_WORDS]: see `_words`
     scales: Tensor  # float16 [slots, rows]: see `_scales`
     fields: Tensor  # int32 [1 + fields, FIELD]: see `_describe`
-    column: Tensor  # int32 [steps * STEP]: of x, -1 at padding
-    column_scale: Tensor | None  # float32 [steps * STEP], at most 1
+    column: Tensor  # int32 [steps * step_columns]: of x, -1 at padding
+    column_scale: Tensor | None  # float32 [steps * step_columns], at most 1
     factor: float  # what that was divided by
     flush: int
     offsets: bool
@@ -111,7 +111,12 @@ class TritonWeight:
 
     @property
     def steps(self) -> int:
-        return len(self.column) // STEP
+        return len(self.column) // self.step_columns
+
+    @property
+    def step_columns(self) -> int:
+        """Columns of a step, those of which one shift takes the values out of a block's words."""
+        return 2 * self.words.shape[2]
 
     @property
     def sum_steps(self) -> int:
@@ -130,6 +135,11 @@ class _Span:
     offsets_before: int
     first_step: int
     first_slot: int
+    words: int  # of a block, in each row
+
+    @property
+    def step_columns(self) -> int:
+        return 2 * self.words
 
     @property
     def kinds(self) -> list[tuple[int, tuple[int, ...]]]:
@@ -151,13 +161,14 @@ class _Span:
         """Steps of one group of scales."""
         if self.tier.groups == 1:
             return _WHOLE_ROW
-        return math.ceil(self.tier.group_size / (FLUSHES[-1] * STEP)) * FLUSHES[-1]
+        least = FLUSHES[-1] * self.step_columns
+        return math.ceil(self.tier.group_size / least) * FLUSHES[-1]
 
     @property
     def steps(self) -> int:
         """Steps of the tier: whole groups in whole blocks of its narrowest field."""
         grouped = self.tier.groups * self.group_steps
-        used = grouped if self.tier.groups > 1 else math.ceil(self.tier.columns / STEP)
+        used = grouped if self.tier.groups > 1 else math.ceil(self.tier.columns / self.step_columns)
         block = 16 // min((width for width, _ in self.kinds), default=4)
         return math.ceil(used / block) * block
 
@@ -180,7 +191,7 @@ class _Span:
         if self.tier.groups == 1:
             return column
         size = self.tier.group_size
-        return column // size * (self.group_steps * STEP) + column % size
+        return column // size * (self.group_steps * self.step_columns) + column % size
 
 
 @dataclass(frozen=True)
@@ -232,7 +243,7 @@ def why_not(layout: WeightLayout) -> str | None:
         if any(tier.groups > 1 for tier in layout.tiers):
             return "trellises beside groups of scales: they take its plain form"
     for i, tier in enumerate(layout.tiers):
-        least = FLUSHES[-1] * STEP
+        least = FLUSHES[-1] * 2 * WORDS
         if tier.groups > 1 and 2 * tier.group_size < least:
             return f"tier {i} has groups of {tier.group_size} columns, it would pad them to {least}"
     share = layout.overlay / (layout.n * layout.k)
@@ -278,8 +289,9 @@ def _spans(layout: WeightLayout) -> Iterator[_Span]:
     """
     columns = row_bytes = scales = offsets = step = 0
     slot = 1  # slot 0 is zero
+    words = TRELLIS_WORDS if layout.has_trellis else WORDS
     for tier in layout.tiers:
-        span = _Span(tier, columns, row_bytes, scales, offsets, step, slot)
+        span = _Span(tier, columns, row_bytes, scales, offsets, step, slot, words)
         if tier.columns and (span.kinds or layout.overlay):
             yield span
             step, slot = step + span.steps, slot + span.slots
@@ -323,11 +335,11 @@ def _describe(fields: list[_Field]) -> Tensor:
 
 
 def _columns(pw: PackedWeight, spans: list[_Span]) -> Tensor:
-    """int32 [steps * STEP]: original column of each position, -1 at padding."""
+    """int32 [steps * step_columns]: original column of each position, -1 at padding."""
     stored = pw.permutation().to(torch.int32)
     parts = [stored.new_full((0,), -1)]
     for span in spans:
-        part = stored.new_full((span.steps * STEP,), -1)
+        part = stored.new_full((span.steps * span.step_columns,), -1)
         own = stored[span.columns_before : span.columns_before + span.tier.columns]
         part[span.position(stored.device)] = own
         parts.append(part)
@@ -363,9 +375,10 @@ def _lead(trellis: int) -> int:
 
 
 def _words(pw: PackedWeight, fields: list[_Field], lead: int) -> Tensor:
-    """int32 [blocks, rows, WORDS], the blocks of one field after those of the one before."""
+    """int32 [blocks, rows, words], the blocks of one field after those of the one before."""
     layout, weight = pw.layout, pw.tensors["weight"]
-    shape = sum(field.blocks for field in fields), lead + layout.n + -layout.n % ROWS, WORDS
+    in_block = TRELLIS_WORDS if layout.has_trellis else WORDS
+    shape = sum(field.blocks for field in fields), lead + layout.n + -layout.n % ROWS, in_block
     words = torch.zeros(shape, dtype=torch.int32, device=weight.device)
     begin = lead
     for rows in weight.split(max(1, _MOST_UNPACKED // layout.k)):
@@ -380,19 +393,19 @@ def _words(pw: PackedWeight, fields: list[_Field], lead: int) -> Tensor:
 
 
 def _plane_words(rows: Tensor, field: _Field, plane: int) -> Tensor:
-    """uint8 [r, row_bytes] -> int32 [r, plane_blocks, WORDS] of one plane of a field.
+    """uint8 [r, row_bytes] -> int32 [r, plane_blocks, words] of one plane of a field.
 
-    Bit `width * j + 16 * h` of word t begins the value of column j * STEP + 2 * t + h of a block.
+    Bit `width * j + 16 * h` of word t begins the value of column 2 * t + h of step j of a block.
     """
     span, width, blocks = field.span, field.width, field.plane_blocks
     tier = span.tier
     if not tier.planes:
-        return torch.zeros(len(rows), blocks, WORDS, dtype=torch.int32, device=rows.device)
+        return torch.zeros(len(rows), blocks, span.words, dtype=torch.int32, device=rows.device)
     data = rows[:, span.bytes_before : span.bytes_before + tier.row_bytes]
     codes = unpack_codes(data, tier.planes, tier.columns) >> field.low + plane & (2**width - 1)
-    padded = codes.new_zeros(len(rows), span.steps * STEP)
+    padded = codes.new_zeros(len(rows), span.steps * span.step_columns)
     padded[:, span.position(rows.device)] = codes
-    values = padded.view(len(rows), blocks, 16 // width, WORDS, 2).to(torch.int32)
+    values = padded.view(len(rows), blocks, 16 // width, span.words, 2).to(torch.int32)
     # the values lie in distinct bits, and the sum wraps into the sign
     return (values << _shifts(width, rows.device)).sum((2, 4), dtype=torch.int32)
 
@@ -420,7 +433,7 @@ def stored_rows(weight: TritonWeight, rows: Tensor) -> Tensor:
 
 
 def _span_codes(words: Tensor, fields: list[_Field]) -> dict[_Span, Tensor]:
-    """int32 [r, blocks, WORDS] -> stored codes uint8 [r, tier.columns] of each tier with planes."""
+    """int32 [r, blocks, words] -> stored codes uint8 [r, tier.columns] of each tier with planes."""
     codes: dict[_Span, Tensor] = {}
     block = 0
     for field in fields:

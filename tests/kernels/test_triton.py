@@ -23,7 +23,7 @@ from pbq_kernels import PackedWeight, Tier, WeightLayout, select
 from pbq_kernels.reference import dequantize
 from pbq_kernels.trellis import POLYNOMIALS, sums
 from pbq_kernels.triton_backend import CONFIGS, TRELLIS_CONFIGS, TritonBackend, config, splits
-from pbq_kernels.triton_layout import KINDS, ROWS, STEP, TritonWeight, repack, stored_rows
+from pbq_kernels.triton_layout import KINDS, ROWS, TritonWeight, repack, stored_rows
 
 pytest.importorskip("triton")
 
@@ -63,6 +63,7 @@ class Case(NamedTuple):
 
 
 HALVES = (torch.float16, torch.bfloat16)
+BRAIN = HALVES[1:]
 PAPER = [Tier(1, 77), Tier(4, 19, tied=True, offset=True)]
 WATERFILL = [Tier(0, 200), Tier(1, 720), Tier(2, 300), Tier(3, 120), Tier(4, 80)]
 UNEVEN = {"tied": True, "uneven": True, "trellis": 12}
@@ -70,6 +71,7 @@ DEFAULT = [
     *(Tier(0, 50), Tier(1, 530, **UNEVEN), Tier(2, 200, **UNEVEN), Tier(3, 99, **UNEVEN)),
     Tier(4, 21, tied=True, trellis=12),
 ]
+DENSE = [Tier(p, 30 + p, **UNEVEN) for p in (1, 2, 3)] + [Tier(4, 34, tied=True, trellis=12)]
 EVEN = [Tier(p, 11 * p, tied=True, trellis=4, offset=p == 2) for p in range(1, 8)]
 PRUNED = [Tier(0, 20), Tier(1, 40), Tier(0, 3, offset=True)]
 BOTH = {"column_scale": True, "overlay": 0.1}
@@ -98,12 +100,15 @@ CASES = {
     "column scale": Case(33, 96, PAPER, {"column_scale": True}),
     "overlay": Case(33, 63, PRUNED, {"overlay": 0.1}, tokens=(1, 17)),
     "both": Case(33, 577, [Tier(0, 77), Tier(1, 500, offset=True)], BOTH),
-    "trellises": Case(65, 900, DEFAULT, tokens=(1, 9, 17)),
+    "trellises": Case(65, 900, DEFAULT, tokens=(1, 17), dtypes=BRAIN),
+    "trellises in float16": Case(33, 900, DEFAULT, dtypes=HALVES[:1]),
     "trellises above few rows": Case(3, 100, [Tier(1, 100, **UNEVEN)]),
-    "trellises of even levels": Case(33, 308, EVEN),
-    "trellises with both": Case(130, 900, [*DEFAULT[:-1], Tier(2, 21, offset=True)], BOTH),
-    "dense trellises": Case(130, 900, DEFAULT, {"overlay": 0.05}, tokens=(65,)),
-    "gradient through trellises": Case(65, 900, DEFAULT),
+    "trellises of even levels": Case(33, 308, EVEN, dtypes=BRAIN),
+    "trellises with both": Case(
+        70, 63, [Tier(2, 42, **UNEVEN), Tier(2, 21, offset=True)], BOTH, dtypes=BRAIN
+    ),
+    "dense trellises": Case(70, 130, DENSE, {"overlay": 0.05}, tokens=(65,), dtypes=BRAIN),
+    "gradient through trellises": Case(33, 130, DENSE, dtypes=HALVES[:1]),
     "scales in a byte": Case(33, 63, [Tier(1, 40), Tier(2, 23, tied=True)], {"scale_bits": 8}),
     "small batch": Case(70, 96, PAPER, tokens=(33, 64)),
     "dense": Case(70, 577, [Tier(0, 77), Tier(2, 500, offset=True, group_size=64)], tokens=(65,)),
@@ -193,13 +198,15 @@ def test_the_gradient_reaches_x(
 
 def decode(weight: TritonWeight) -> Tensor:
     """float64 [n, k] by the rules of docs/kernels.md, column after column, no column scale."""
-    stored = torch.zeros(weight.rows, weight.steps * STEP, dtype=torch.float64)
+    stored = torch.zeros(weight.rows, len(weight.column), dtype=torch.float64)
+    columns = weight.step_columns
+    assert columns == (16 if weight.trellis else 32)
     scales = weight.scales.double()
     for field in weight.fields[1:].tolist():
         block, blocks, step, scale, scale_steps, factor, offset, offset_steps, width, kind = field
-        for c in range(blocks * 16 // width * STEP):
-            j, t, half = c // STEP % (16 // width), c % STEP // 2, c % 2
-            first = block + c // (16 // width * STEP)
+        for c in range(blocks * 16 // width * columns):
+            j, t, half = c // columns % (16 // width), c % columns // 2, c % 2
+            first = block + c // (16 // width * columns)
             planes = [
                 weight.words[first + p * blocks, :, t].long() >> (width * j + 16 * half)
                 for p in range(max(1, len(KINDS[kind][1]) - 1))
@@ -207,9 +214,9 @@ def decode(weight: TritonWeight) -> Tensor:
             level = 2 * (planes[0] & (2**width - 1)) - (2**width - 1)
             if KINDS[kind][1]:
                 level = made_levels([plane & 1 for plane in planes], kind, weight.trellis)
-            value = level * scales[scale + c // STEP // scale_steps]
-            stored[:, step * STEP + c] += factor * value
-            stored[:, step * STEP + c] += scales[offset + c // STEP // offset_steps]
+            value = level * scales[scale + c // columns // scale_steps]
+            stored[:, step * columns + c] += factor * value
+            stored[:, step * columns + c] += scales[offset + c // columns // offset_steps]
     W = torch.zeros(weight.n, weight.k, dtype=torch.float64)
     valid = weight.column >= 0
     W[:, weight.column[valid].long()] = stored[weight.lead :][: weight.n, valid]
