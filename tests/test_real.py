@@ -57,7 +57,7 @@ def manual(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def held_out_error(model_dir: Path, text: Path, **recipe_changes: object) -> float:
     """Relative error of the hidden states behind the blocks, on rows that no Hessian saw."""
-    config = QuantConfig(calib=str(text), nsamples=32, seqlen=256)
+    config = QuantConfig(calib=str(text), nsamples=32, seqlen=256, effort="fast")
     model, tokenizer = load_model(str(model_dir), torch.bfloat16)
     model.requires_grad_(False)
     name, blocks = find_blocks(model)

@@ -61,7 +61,7 @@ class Config:
 # A config serves as many tokens as it has, the last one any number of them. AMD's matrix
 # instructions have no 8 columns.
 CONFIGS = {
-    "cuda": (Config(8, 32, 2, 4), Config(16, 32, 2, 3), Config(32, 64, 4, 2, registers=255)),
+    "cuda": (Config(8, 32, 2, 4), Config(16, 32, 2, 3), Config(32, 64, 4, 2)),
     "hip": (Config(16, 32, 2, 2), Config(32, 64, 4, 2)),
 }
 # Words of a path are loaded into shared memory eight times, so fewer stages.

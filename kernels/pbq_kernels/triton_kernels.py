@@ -160,7 +160,8 @@ def _add_fields(
     MADE: tl.constexpr = len(_WEIGHTS[KIND])
     MINUS: tl.constexpr = (_MINUS_FLOAT16 if dtype == tl.float16 else _MINUS_BFLOAT16)[KIND]
     STEP: tl.constexpr = 2 * WORDS
-    J: tl.constexpr = FLUSH if FLUSH > 0 else (min(TOGETHER // STEP, STEPS) if H1 > 0 else 1)
+    J: tl.constexpr = min(TOGETHER // STEP, STEPS) if H1 > 0 else 1
+    SUM: tl.constexpr = FLUSH if FLUSH > 0 else J
     split, splits = tl.program_id(1), tl.num_programs(1)
     block_words = rows.to(tl.int64) * WORDS
     x += tl.arange(0, J * STEP)[:, None]
@@ -181,20 +182,21 @@ def _add_fields(
             planes = _planes(at, blocks * block_words, MADE, H1, DELAY, WORDS)
             step = first_step + b * STEPS
             x_0 = x + step * STEP
-            for j in tl.static_range(0, STEPS, J):
-                x_j = tl.load(x_0 + j * STEP, mask=is_token[None, :], other=0.0)
+            for first_j in tl.static_range(0, STEPS, SUM):
                 if FLUSH > 0:
                     row_total = tl.zeros((BN, BM), tl.float32)
-                for p in tl.static_range(MADE if MADE > 0 else 1):
-                    w = _signed(planes[p], j, J, WIDTH, MINUS[p], dtype, WIDE)
-                    row_total = tl.dot(w, x_j, row_total)
+                for j in tl.static_range(first_j, first_j + SUM, J):
+                    x_j = tl.load(x_0 + j * STEP, mask=is_token[None, :], other=0.0)
+                    for p in tl.static_range(MADE if MADE > 0 else 1):
+                        w = _signed(planes[p], j, J, WIDTH, MINUS[p], dtype, WIDE)
+                        row_total = tl.dot(w, x_j, row_total)
                 if FLUSH > 0:
-                    done = b * STEPS + j
+                    done = b * STEPS + first_j
                     s = tl.load(scales + (scale + done // scale_steps) * rows).to(tl.float32)
                     total += row_total * (s * factor)[:, None]
                     if OFFSETS:
                         o = tl.load(scales + (offset + done // offset_steps) * rows)
-                        added = tl.load(sums + (step + j) // FLUSH, mask=is_token, other=0.0)
+                        added = tl.load(sums + (step + first_j) // FLUSH, mask=is_token, other=0.0)
                         total += o.to(tl.float32)[:, None] * added[None, :]
         if FLUSH == 0:
             # loaded only now: registers are short in the loop above
