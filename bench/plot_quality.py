@@ -25,10 +25,13 @@ def ours() -> list[dict[str, Any]]:
         for row in rows
         if row["config"]["effort"] == "default"
     }
-    return [
-        {**row, "name": f"pbq {row['method']}", "ppl": row["ppl_wikitext2_40w"]}
-        for row in last.values()
-    ]
+    # by bits; those of one method lie close together, the first alone has room for its name
+    found = sorted(last.values(), key=lambda row: row["stored_bits"])
+    named: dict[str, str] = {}
+    for row in found:
+        named.setdefault(row["method"], f"pbq {row['method']}, ")
+        row["name"], named[row["method"]] = named[row["method"]], ""
+    return [{**row, "ppl": row["ppl_wikitext2_40w"]} for row in found]
 
 
 def draw(axes: Any, row: dict[str, Any], color: str) -> None:
@@ -38,7 +41,7 @@ def draw(axes: Any, row: dict[str, Any], color: str) -> None:
     axes.plot(label, ppl, "o", color=color, mfc="white")
     axes.plot(bits, ppl, "o", color=color)
     axes.annotate(
-        f"{row['name']}, {ppl:,.4g}" if ppl < 1000 else f"{row['name']}, {ppl:,.0f}",
+        row["name"] + (f"{ppl:,.4g}" if ppl < 1000 else f"{ppl:,.0f}"),
         (max(bits, label), ppl),
         xytext=(8, 0),
         textcoords="offset points",
@@ -52,6 +55,7 @@ def main() -> None:
     peers = json.loads((HERE / "results" / "peers.json").read_text())
     figure = Figure(figsize=(7.6, 4.4), layout="constrained", dpi=144)
     axes = figure.subplots()
+    peers = [{**row, "name": f"{row['name']}, "} for row in peers]
     for rows, color in ((peers, "0.35"), (ours(), "C0")):
         for row in rows:
             draw(axes, row, color)
