@@ -42,8 +42,9 @@ from pbq_kernels.layout import (
 )
 from pbq_kernels.scales import encoded_scales
 
-# Before a test imports pbq: calls into the floor of tensors have their shapes and dtypes checked.
-CHECKED = ["grid", "hessian", "gptq", "allocate", "pack"]
+# Before a test imports pbq: calls into the floor of tensors have shapes and dtypes checked. Not
+# those of allocate, whose search makes a hundred thousand small ones.
+CHECKED = ["grid", "hessian", "gptq", "pack"]
 install_import_hook([f"pbq.{module}" for module in CHECKED], "beartype.beartype")
 
 # Tests of minutes come first: two workers then end together.

@@ -56,7 +56,7 @@ def manual(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def held_out_error(model_dir: Path, text: Path, **recipe_changes: object) -> float:
-    """Relative error of the hidden states behind the blocks, on rows that no Hessian saw."""
+    """Relative error of the hidden states behind the first block, on rows that no Hessian saw."""
     config = QuantConfig(calib=str(text), nsamples=32, seqlen=256, effort="fast")
     model, tokenizer = load_model(str(model_dir), torch.bfloat16)
     model.requires_grad_(False)
@@ -79,7 +79,7 @@ def held_out_error(model_dir: Path, text: Path, **recipe_changes: object) -> flo
     fit = Streams(recording.hidden[:fitted], recording.hidden[:fitted])
     test = Streams(recording.hidden[fitted:], recording.hidden[fitted:])
     assert len(test.fp) == held_out
-    for i, block in enumerate(blocks):
+    for i, block in enumerate(blocks[:1]):
         call = recording.calls[i][0]
         with torch.no_grad():
             test.fp = [run_block(block, x, call) for x in test.fp]
@@ -106,7 +106,7 @@ def test_each_step_of_the_reconstruction_earns_its_place(first_blocks: Path, man
 def test_a_real_model_keeps_the_promise_of_its_bits(
     first_blocks: Path, manual: Path, tmp_path: Path
 ) -> None:
-    config = QuantConfig(calib=str(manual), nsamples=8, seqlen=128, effort="fast")
+    config = QuantConfig(calib=str(manual), nsamples=8, seqlen=128, effort="fast", distil_steps=12)
     out = tmp_path / "out"
     report = quantize(str(first_blocks), out, config, ppl_text=manual, ppl_windows=1)
     layouts = read_layers(out)

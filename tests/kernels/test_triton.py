@@ -59,11 +59,10 @@ class Case(NamedTuple):
     tiers: list[Tier]
     extras: Mapping[str, Any] = MappingProxyType({})
     tokens: tuple[int, ...] = (3,)
-    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
 
 
 HALVES = (torch.float16, torch.bfloat16)
-BRAIN = HALVES[1:]
 PAPER = [Tier(1, 77), Tier(4, 19, tied=True, offset=True)]
 WATERFILL = [Tier(0, 200), Tier(1, 720), Tier(2, 300), Tier(3, 120), Tier(4, 80)]
 UNEVEN = {"tied": True, "uneven": True, "trellis": 12}
@@ -76,12 +75,14 @@ EVEN = [Tier(p, 11 * p, tied=True, trellis=4, offset=p == 2) for p in range(1, 8
 PRUNED = [Tier(0, 20), Tier(1, 40), Tier(0, 3, offset=True)]
 BOTH = {"column_scale": True, "overlay": 0.1}
 CASES = {
-    "one bit": Case(33, 577, [Tier(1, 577)], tokens=(1, 3, 17)),
-    "paper": Case(33, 96, PAPER, tokens=(1, 17)),
+    "one bit": Case(33, 577, [Tier(1, 577)], tokens=(1, 3, 17), dtypes=HALVES),
+    "paper": Case(33, 96, PAPER, tokens=(1, 17), dtypes=HALVES),
     "zero to four planes": Case(65, 1420, WATERFILL, tokens=(1,)),
     "k=63": Case(33, 63, [Tier(2, 40), Tier(3, 23, tied=True, offset=True)], tokens=(1, 3, 17)),
     "a single weight": Case(1, 1, [Tier(8, 1, offset=True)]),
-    "tied planes": Case(7, 99, [Tier(p, 11, tied=True, offset=p == 5) for p in range(9)]),
+    "tied planes": Case(
+        7, 99, [Tier(p, 11, tied=True, offset=p == 5) for p in range(9)], dtypes=HALVES
+    ),
     "free planes": Case(7, 99, [Tier(p, 11, offset=p == 5) for p in range(9)]),
     "groups of 128": Case(
         33,
@@ -100,18 +101,22 @@ CASES = {
     "column scale": Case(33, 96, PAPER, {"column_scale": True}),
     "overlay": Case(33, 63, PRUNED, {"overlay": 0.1}, tokens=(1, 17)),
     "both": Case(33, 577, [Tier(0, 77), Tier(1, 500, offset=True)], BOTH),
-    "trellises": Case(65, 900, DEFAULT, tokens=(1, 17), dtypes=BRAIN),
-    "trellises in float16": Case(33, 900, DEFAULT, dtypes=HALVES[:1]),
+    "trellises": Case(65, 900, DEFAULT, tokens=(1, 17)),
+    "trellises in float16": Case(33, 900, DEFAULT, dtypes=(torch.float16,)),
     "trellises above few rows": Case(3, 100, [Tier(1, 100, **UNEVEN)]),
-    "trellises of even levels": Case(33, 308, EVEN, dtypes=BRAIN),
-    "trellises with both": Case(
-        70, 63, [Tier(2, 42, **UNEVEN), Tier(2, 21, offset=True)], BOTH, dtypes=BRAIN
-    ),
-    "dense trellises": Case(70, 130, DENSE, {"overlay": 0.05}, tokens=(65,), dtypes=BRAIN),
-    "gradient through trellises": Case(33, 130, DENSE, dtypes=HALVES[:1]),
+    "trellises of even levels": Case(33, 308, EVEN),
+    "trellises with both": Case(70, 63, [Tier(2, 42, **UNEVEN), Tier(2, 21, offset=True)], BOTH),
+    "dense trellises": Case(70, 130, DENSE, {"overlay": 0.05}, tokens=(65,)),
+    "gradient through trellises": Case(33, 130, DENSE, dtypes=(torch.float16,)),
     "scales in a byte": Case(33, 63, [Tier(1, 40), Tier(2, 23, tied=True)], {"scale_bits": 8}),
     "small batch": Case(70, 96, PAPER, tokens=(33, 64)),
-    "dense": Case(70, 577, [Tier(0, 77), Tier(2, 500, offset=True, group_size=64)], tokens=(65,)),
+    "dense": Case(
+        70,
+        577,
+        [Tier(0, 77), Tier(2, 500, offset=True, group_size=64)],
+        tokens=(65,),
+        dtypes=HALVES,
+    ),
     "dense with both": Case(70, 96, PAPER, BOTH, tokens=(65,)),
     "dense float32": Case(33, 96, PAPER, tokens=(3,), dtypes=(torch.float32, torch.float64)),
     "product": Case(33, 577, [Tier(1, 577)], {"column_scale": True, "rank": 40}, tokens=(1, 17)),
