@@ -19,7 +19,7 @@ import torch
 import triton
 
 from pbq_kernels import triton_aot
-from pbq_kernels.triton_backend import CONFIGS, TRELLIS_CONFIGS, Config
+from pbq_kernels.triton_backend import CONFIGS, GROUP_CONFIGS, TRELLIS_CONFIGS, Config
 from pbq_kernels.triton_layout import KINDS
 
 TARGET = "sm_90"
@@ -31,7 +31,7 @@ NAMES = [" + ".join(map(str, weights)) if weights else str(width) for width, wei
 def count() -> Iterator[dict[str, Any]]:
     """One row for each tile and kind of scales, with offsets, bfloat16."""
     for flush, scales in FLUSHES.items():
-        for tile in CONFIGS["cuda"]:
+        for tile in (GROUP_CONFIGS if flush else CONFIGS)["cuda"]:
             yield row(scales, tile, flush, 0)
     for tile in TRELLIS_CONFIGS["cuda"]:
         yield row("trellises", tile, 0, triton_aot.TRELLIS)

@@ -24,6 +24,7 @@ from pbq_kernels.triton_backend import (
     CONFIGS,
     DEQUANTIZE_ROWS,
     GATHER_BLOCK,
+    GROUP_CONFIGS,
     OVERLAY_ENTRIES,
     OVERLAY_TOKENS,
     TRELLIS_CONFIGS,
@@ -73,10 +74,13 @@ def variants(target: str) -> Iterator[Variant]:
     """Every kernel with whatever a launch on the target may ask for."""
     for dtype in ("fp16", "bf16"):
         for tile in CONFIGS[TARGETS[target].backend]:
-            for flush in (0, *FLUSHES):
+            yield matmul(dtype, tile, 0, offsets=False)
+            yield matmul(dtype, tile, 0, offsets=True)
+            yield matmul(dtype, tile, 0, offsets=False, out=dtype)
+        for tile in GROUP_CONFIGS[TARGETS[target].backend]:
+            for flush in FLUSHES:
                 yield matmul(dtype, tile, flush, offsets=False)
                 yield matmul(dtype, tile, flush, offsets=True)
-            yield matmul(dtype, tile, 0, offsets=False, out=dtype)
         for tile in TRELLIS_CONFIGS[TARGETS[target].backend]:
             yield matmul(dtype, tile, 0, offsets=False, trellis=TRELLIS)
             yield matmul(dtype, tile, 0, offsets=True, trellis=TRELLIS)

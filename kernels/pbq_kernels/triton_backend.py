@@ -42,7 +42,7 @@ _MOST_SPLITS = 8
 class Config:
     """Tile of `matmul_kernel`: rows by tokens, and how it is compiled.
 
-    registers: that a thread may have; 0 leaves it to ptxas, which may take too few and spill some.
+    registers: that a thread may have; 0 leaves it to the compiler.
     """
 
     tokens: int
@@ -64,6 +64,16 @@ CONFIGS = {
     "cuda": (Config(8, 32, 2, 4), Config(16, 32, 2, 3), Config(32, 64, 4, 2)),
     "hip": (Config(16, 32, 2, 2), Config(32, 64, 4, 2)),
 }
+# Where there are groups of scales. Left to itself, ptxas gives a thread so few registers that it
+# spills some.
+GROUP_CONFIGS = {
+    "cuda": (
+        Config(8, 32, 2, 4, registers=128),
+        Config(16, 32, 2, 3, registers=255),
+        CONFIGS["cuda"][2],
+    ),
+    "hip": CONFIGS["hip"],
+}
 # Words of a path are loaded into shared memory eight times, so fewer stages.
 TRELLIS_CONFIGS = {
     "cuda": (Config(8, 32, 2, 3, registers=128), Config(16, 32, 2, 3), Config(32, 64, 4, 2)),
@@ -71,9 +81,9 @@ TRELLIS_CONFIGS = {
 }
 
 
-def config(tokens: int, target: str, trellis: int = 0) -> Config:
-    """The tile for so many tokens on a target of CONFIGS."""
-    configs = (TRELLIS_CONFIGS if trellis else CONFIGS)[target]
+def config(tokens: int, target: str, flush: int = 0, trellis: int = 0) -> Config:
+    """The tile for so many tokens on a target of CONFIGS. flush, trellis: of the `TritonWeight`."""
+    configs = (TRELLIS_CONFIGS if trellis else GROUP_CONFIGS if flush else CONFIGS)[target]
     return next((c for c in configs if tokens <= c.tokens), configs[-1])
 
 
@@ -147,7 +157,7 @@ def _fused(x: Tensor, weight: TritonWeight) -> Tensor:
     if not m or not weight.steps:
         return x.new_zeros(m, n)
     kernels = _kernels()
-    tile = config(m, "hip" if torch.version.hip else "cuda", weight.trellis)
+    tile = config(m, "hip" if torch.version.hip else "cuda", weight.flush, weight.trellis)
     parts = splits(n, m, weight.blocks, _processors(x.device), tile)
     gathered, sums = _gather(x, weight, scaled=True)
     overlay = weight.overlay

@@ -22,7 +22,15 @@ import pbq_kernels
 from pbq_kernels import PackedWeight, Tier, WeightLayout, select
 from pbq_kernels.reference import dequantize
 from pbq_kernels.trellis import POLYNOMIALS, sums
-from pbq_kernels.triton_backend import CONFIGS, TRELLIS_CONFIGS, TritonBackend, config, splits
+from pbq_kernels.triton_backend import (
+    CONFIGS,
+    GROUP_CONFIGS,
+    TRELLIS_CONFIGS,
+    Config,
+    TritonBackend,
+    config,
+    splits,
+)
 from pbq_kernels.triton_layout import KINDS, ROWS, TritonWeight, repack, stored_rows
 
 pytest.importorskip("triton")
@@ -348,12 +356,17 @@ def test_a_missing_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("target", CONFIGS)
-@pytest.mark.parametrize("trellis", [0, 12])
-def test_every_number_of_tokens_has_a_tile(target: str, trellis: int) -> None:
-    last = (TRELLIS_CONFIGS if trellis else CONFIGS)[target][-1]
+@pytest.mark.parametrize(
+    ("flush", "trellis", "configs"),
+    [(0, 0, CONFIGS), (2, 0, GROUP_CONFIGS), (0, 12, TRELLIS_CONFIGS)],
+)
+def test_every_number_of_tokens_has_a_tile(
+    target: str, flush: int, trellis: int, configs: dict[str, tuple[Config, ...]]
+) -> None:
     for tokens in range(1, 100):
-        tile = config(tokens, target, trellis)
-        assert tile.tokens >= tokens or tile == last
+        tile = config(tokens, target, flush, trellis)
+        assert tile in configs[target]
+        assert tile.tokens >= tokens or tile == configs[target][-1]
         assert ROWS % tile.rows == 0
 
 

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from pbq_kernels import triton_aot
 from pbq_kernels.triton_aot import SHARED_MEMORY, TARGETS, TRELLIS, Variant, compile_for
-from pbq_kernels.triton_backend import CONFIGS, TRELLIS_CONFIGS
+from pbq_kernels.triton_backend import CONFIGS, GROUP_CONFIGS, TRELLIS_CONFIGS
 
 NVIDIA, AMD = CONFIGS["cuda"], CONFIGS["hip"]
 OTHERS = [
@@ -20,7 +20,7 @@ OTHERS = [
 ]
 # One core compiles these in half a minute, and all of them in half an hour.
 SOME = [
-    ("sm_80", triton_aot.matmul("fp16", NVIDIA[1], 4, offsets=True)),
+    ("sm_80", triton_aot.matmul("fp16", GROUP_CONFIGS["cuda"][1], 4, offsets=True)),
     ("sm_90", triton_aot.matmul("fp16", NVIDIA[2], 0, offsets=True)),
     ("gfx942", triton_aot.matmul("bf16", AMD[0], 0, offsets=True)),
     ("gfx942", triton_aot.matmul("fp16", AMD[1], 2, offsets=False)),
@@ -72,7 +72,7 @@ def test_a_trellis_takes_few_instructions() -> None:
     assert compiled.spills == 0
     assert compiled.shared <= 99 * 1024
     # made of 1, 1, 2 and 3 stored bits
-    assert all(n <= most for n, most in zip(counted[3:], (3.4, 3.4, 4.8, 6.4), strict=True))
+    assert all(n <= most for n, most in zip(counted[3:], (3.6, 3.6, 4.8, 6.2), strict=True))
 
 
 def test_loops_are_found_by_their_branches() -> None:
@@ -101,4 +101,6 @@ def test_a_constant_for_all_that_backends_ask_for() -> None:
         for tokens in (8, 16, 32):
             for scales in ("row scales", "a scale every 2", "a scale every 4"):
                 name = f"matmul {dtype} to fp32, {tokens} tokens, {scales}"
-                assert sum(label.startswith(name) for label in labels) == 2
+                # with offsets and without, scales of rows with trellises and without
+                expected = 4 if scales == "row scales" else 2
+                assert sum(label.startswith(name) for label in labels) == expected
