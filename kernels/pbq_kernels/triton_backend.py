@@ -68,7 +68,7 @@ CONFIGS = {
 # spills some.
 GROUP_CONFIGS = {
     "cuda": (
-        Config(8, 32, 2, 4, registers=128),
+        Config(8, 32, 2, 4, registers=255),
         Config(16, 32, 2, 3, registers=255),
         CONFIGS["cuda"][2],
     ),
