@@ -18,7 +18,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pbq_kernels import triton_kernels as kernels
-from pbq_kernels.trellis import POLYNOMIALS
 from pbq_kernels.triton_backend import (
     ADD_BLOCK,
     CONFIGS,
@@ -30,7 +29,7 @@ from pbq_kernels.triton_backend import (
     TRELLIS_CONFIGS,
     Config,
 )
-from pbq_kernels.triton_layout import FLUSHES, KINDS, SUM_STEPS, TRELLIS_WORDS, WORDS
+from pbq_kernels.triton_layout import FLUSHES, KINDS, SUM_STEPS, block_words, taps
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -135,15 +134,14 @@ def gather(dtype: str, summed: int, *, scaled: bool, trellis: int = 0) -> Varian
         },
         {
             **{"SCALED": scaled, "SUMMED": summed, "BLOCK": GATHER_BLOCK},
-            "STEP": 2 * (TRELLIS_WORDS if trellis else WORDS),
+            "STEP": 2 * block_words(trellis),
         },
     )
 
 
 def _form(trellis: int) -> dict[str, int]:
-    h1, h0 = POLYNOMIALS.get(trellis, (0, 1))
-    words = TRELLIS_WORDS if trellis else WORDS
-    return {"H1": h1, "DELAY": h0.bit_length() - 1, "WORDS": words}
+    h1, delay = taps(trellis)
+    return {"H1": h1, "DELAY": delay, "WORDS": block_words(trellis)}
 
 
 def dequantize(dtype: str, *, scaled: bool, trellis: int = 0) -> Variant:
@@ -248,7 +246,7 @@ def instructions_per_weight(compiled: Compiled, tile: Config, trellis: int = 0) 
     multiplying = [n for n, body in loops if re.search(r"\b[HQ]G?MMA\.", body)]
     if len(multiplying) != kinds:
         raise ValueError(f"{len(multiplying)} loops with matrix products, expected {kinds}")
-    words = tile.rows * (TRELLIS_WORDS if trellis else WORDS) / (32 * tile.warps)
+    words = tile.rows * block_words(trellis) / (32 * tile.warps)
     return [n / (words * 32 / width) for (width, _), n in zip(KINDS, multiplying, strict=False)]
 
 

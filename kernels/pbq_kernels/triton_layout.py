@@ -106,8 +106,7 @@ class TritonWeight:
     @property
     def filter(self) -> tuple[int, int]:
         """(h1, rows that plane 0 lies behind the path) of the trellis, 0 where there is none."""
-        h1, h0 = POLYNOMIALS.get(self.trellis, (0, 1))
-        return h1, h0.bit_length() - 1
+        return taps(self.trellis)
 
     @property
     def steps(self) -> int:
@@ -233,6 +232,17 @@ class _Field:
         return 2 ** (self.low + bool(tier.trellis))
 
 
+def taps(trellis: int) -> tuple[int, int]:
+    """(h1, rows that plane 0 lies behind the path) of a memory, (0, 0) where there is none."""
+    h1, h0 = POLYNOMIALS.get(trellis, (0, 1))
+    return h1, h0.bit_length() - 1
+
+
+def block_words(trellis: int) -> int:
+    """Words of a block in each row, with a trellis and without."""
+    return TRELLIS_WORDS if trellis else WORDS
+
+
 def why_not(layout: WeightLayout) -> str | None:
     """Why these kernels cannot serve the layout, or None."""
     if layout.rank:
@@ -289,7 +299,7 @@ def _spans(layout: WeightLayout) -> Iterator[_Span]:
     """
     columns = row_bytes = scales = offsets = step = 0
     slot = 1  # slot 0 is zero
-    words = TRELLIS_WORDS if layout.has_trellis else WORDS
+    words = block_words(layout.has_trellis)
     for tier in layout.tiers:
         span = _Span(tier, columns, row_bytes, scales, offsets, step, slot, words)
         if tier.columns and (span.kinds or layout.overlay):
@@ -377,18 +387,18 @@ def _lead(trellis: int) -> int:
 def _words(pw: PackedWeight, fields: list[_Field], lead: int) -> Tensor:
     """int32 [blocks, rows, words], the blocks of one field after those of the one before."""
     layout, weight = pw.layout, pw.tensors["weight"]
-    in_block = TRELLIS_WORDS if layout.has_trellis else WORDS
-    shape = sum(field.blocks for field in fields), lead + layout.n + -layout.n % ROWS, in_block
+    rows = lead + layout.n + -layout.n % ROWS
+    shape = sum(field.blocks for field in fields), rows, block_words(layout.has_trellis)
     words = torch.zeros(shape, dtype=torch.int32, device=weight.device)
     begin = lead
-    for rows in weight.split(max(1, _MOST_UNPACKED // layout.k)):
+    for some in weight.split(max(1, _MOST_UNPACKED // layout.k)):
         block = 0
         for field in fields:
             for plane in range(field.planes):
-                packed = _plane_words(rows, field, plane).transpose(0, 1)
-                words[block : block + len(packed), begin : begin + len(rows)] = packed
+                packed = _plane_words(some, field, plane).transpose(0, 1)
+                words[block : block + len(packed), begin : begin + len(some)] = packed
                 block += len(packed)
-        begin += len(rows)
+        begin += len(some)
     return words
 
 

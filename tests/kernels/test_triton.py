@@ -262,7 +262,7 @@ def made_levels(planes: list[Tensor], kind: int, memory: int) -> Tensor:
 )
 def test_the_layout_is_as_documented(name: str, random_packed: RandomPacked) -> None:
     case = CASES[name]
-    pw = random_packed(case.n, case.k, case.tiers)
+    pw = random_packed(case.n, case.k, case.tiers, **case.extras)
     torch.testing.assert_close(decode(repack(pw)), dequantize(pw).double(), rtol=1e-5, atol=1e-6)
 
 
