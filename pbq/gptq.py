@@ -112,22 +112,12 @@ def _round_block(
 ) -> Tensor:
     """Round a block of columns in place, one by one with feedback; return Err = (W-Q) U_BB⁻¹."""
     columns = W_B.T.contiguous()  # [b, n]: the loop walks columns, which are rows in memory here
-    Err = torch.empty_like(columns)
-    for j, w in enumerate(columns):
-        code, w_hat = grid.nearest(w[:, None])
-        codes[:, j : j + 1] = code
-        if overlay is not None:
-            w_hat = _round_overlay(w[:, None], w_hat, overlay.columns(slice(j, j + 1)))
-        Err[j] = (w - w_hat[:, 0]) / U_BB[j, j]
-        columns[j + 1 :].addr_(U_BB[j, j + 1 :], Err[j], alpha=-1)
+    U_jj = U_BB.diagonal()[:, None]
+    # what column j leaves, (w - w_hat) / U_jj, takes U[j, i] of itself off column i
+    codes_B, values = grid.nearest_in_turn(columns, -U_BB / U_jj, overlay=overlay)
+    codes.copy_(codes_B.T)
     W_B.copy_(columns.T)
-    return Err.T
-
-
-def _round_overlay(w: Tensor, w_hat: Tensor, overlay: Overlay) -> Tensor:
-    """w_hat [n, c] with the overlay's entries, whose new values are kept in `overlay`."""
-    overlay.value.copy_(torch.where(overlay.mask, overlay.codes(w), overlay.value))
-    return torch.where(overlay.mask, overlay.dequantize().to(w.dtype), w_hat)
+    return ((columns - values) / U_jj).T
 
 
 def reconstruct_naive(
@@ -388,16 +378,17 @@ def coordinate_descent(
     """
     W_hat = qw.dequantize()
     G = (W_hat - W) @ H
-    scale = W.new_ones(W.shape[1]) if qw.column_scale is None else qw.column_scale
     # a column that is never fed, or is multiplied by zero, has no best code: it keeps its own
-    alive = (scale != 0) & (H.diagonal() > 0)
+    alive = H.diagonal() > 0
+    if qw.column_scale is not None:
+        alive &= qw.column_scale != 0
     for t, tier in enumerate(qw.tiers):
         columns, group_of = qw.columns(t), tier.group_of_column().to(qw.codes.device)
         for group in range(tier.groups if tier.planes else 0):
             grid = qw.grids[t].grid(tier, group)
             chosen = columns[(group_of == group) & alive[columns]]
             for block in chosen.split(block_size):
-                _descend_block(W_hat, G, H, grid, block, qw, scale)
+                _descend_block(W_hat, G, H, grid, block, qw)
 
 
 def _descend_block(
@@ -407,24 +398,18 @@ def _descend_block(
     grid: Grid,
     block: Tensor,
     qw: QuantizedWeight,
-    scale: Tensor,
 ) -> None:
-    H_BB, before, scale_B = H[block][:, block], W_hat[:, block], scale[block]
+    H_BB, before = H[block][:, block], W_hat[:, block]
     overlay = qw.overlay and qw.overlay.columns(block)
     # [b, n], as in _round_block; a clone, since .contiguous() would share the memory of a vector
-    columns = before.T.clone(memory_format=torch.contiguous_format)
-    G_B = G[:, block].T.contiguous()
-    for j, w in enumerate(columns):
-        best = w - G_B[j] / H_BB[j, j]
-        code, level = grid.nearest((best / scale_B[j])[:, None])
-        qw.codes[:, block[j]] = code[:, 0]
-        w_hat = level[:, 0] * scale_B[j]
-        if overlay is not None:
-            part = overlay.columns(slice(j, j + 1))
-            w_hat = _round_overlay(best[:, None], w_hat[:, None], part)[:, 0]
-        G_B.addr_(H_BB[j], w_hat - w)
-        columns[j] = w_hat
+    start, H_jj = before.T.clone(memory_format=torch.contiguous_format), H_BB.diagonal()
+    best = start - G[:, block].T.contiguous() / H_jj[:, None]
+    scale = None if qw.column_scale is None else qw.column_scale[block]
+    codes, values = grid.nearest_in_turn(
+        best, H_BB / H_jj, start, column_scale=scale, overlay=overlay
+    )
+    qw.codes[:, block] = codes.T
     if overlay is not None and qw.overlay is not None:
         qw.overlay.value[:, block] = overlay.value
-    W_hat[:, block] = columns.T
-    G += (columns.T - before) @ H[block]
+    W_hat[:, block] = values.T
+    G += (values.T - before) @ H[block]

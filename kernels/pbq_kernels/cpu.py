@@ -152,6 +152,10 @@ def _declare(library: ctypes.CDLL) -> None:
         *(pointer, pointer, wide, wide, integer, integer, integer, integer),
         *(pointer, pointer, integer),
     ]
+    library.pbq_trellis_in_turn.argtypes = [
+        *(pointer, pointer, pointer, pointer, wide, wide),
+        *(integer, integer, integer, integer, pointer, pointer),
+    ]
     for function in (library.pbq_levels, library.pbq_levels_gradient):
         function.argtypes = [*(pointer, pointer, pointer, wide, wide, integer, pointer, integer)]
         function.restype = None

@@ -28,8 +28,7 @@ def nearest_path(
     library = compiled()
     if library is None:
         return nearest_path_naive(x, scale, planes, memory, uneven)
-    x_cpu = x.detach().to("cpu", torch.float32).contiguous()
-    scale_cpu = scale.detach().to("cpu", torch.float32).contiguous()
+    x_cpu, scale_cpu = _on_cpu(x), _on_cpu(scale)
     codes = torch.empty(x.shape, dtype=torch.uint8)
     threads = torch.get_num_threads() if codes.numel() > 2**15 else 1
     table = _table(planes) if uneven else None
@@ -37,11 +36,71 @@ def nearest_path(
         *(x_cpu.data_ptr(), scale_cpu.data_ptr(), *x.shape, planes, memory),
         *(*POLYNOMIALS[memory], table, codes.data_ptr(), threads),
     )
+    return _found(failed, codes, planes, uneven, x)
+
+
+def nearest_paths_in_turn(
+    x: Tensor,
+    A: Tensor,
+    start: Tensor | None,
+    scale: Tensor,
+    planes: int,
+    memory: int,
+    uneven: bool = False,
+) -> Tensor:
+    """Codes [b, n] of columns x [b, n] rounded one after the other, errors made up for. In place.
+
+    x[i] -= A[j, i] * (what x[j] became - start[j]) for all i behind j, start being x itself, as it
+    is by then, where it is None; x is left as each was just before its path was searched. A [b, b].
+    The rest as for `nearest_path`, one column at a time in torch where there is no compiler.
+    """
+    library = compiled()
+    if library is None:
+        return nearest_paths_in_turn_naive(x, A, start, scale, planes, memory, uneven)
+    x_cpu, A_cpu, scale_cpu = _on_cpu(x), _on_cpu(A.T), _on_cpu(scale)
+    start_cpu = None if start is None else _on_cpu(start)
+    codes = torch.empty(x.shape, dtype=torch.uint8)
+    failed = library.pbq_trellis_in_turn(
+        *(x_cpu.data_ptr(), A_cpu.data_ptr(), None if start_cpu is None else start_cpu.data_ptr()),
+        *(scale_cpu.data_ptr(), *x.shape, planes, memory, *POLYNOMIALS[memory]),
+        *(_table(planes) if uneven else None, codes.data_ptr()),
+    )
+    found = _found(failed, codes, planes, uneven, x)
+    if x_cpu.data_ptr() != x.data_ptr():
+        x.copy_(x_cpu)
+    return found
+
+
+def nearest_paths_in_turn_naive(
+    x: Tensor,
+    A: Tensor,
+    start: Tensor | None,
+    scale: Tensor,
+    planes: int,
+    memory: int,
+    uneven: bool = False,
+) -> Tensor:
+    """`nearest_paths_in_turn` in torch."""
+    level = torch.tensor([level for level, _ in sorted(sums(planes, uneven), key=lambda s: s[1])])
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    for j, own in enumerate(x):
+        codes[j] = nearest_path(own[None], scale, planes, memory, uneven)[0]
+        became = level.to(x.device, torch.float32)[codes[j].long()] * scale
+        x[j + 1 :] -= torch.outer(A[j, j + 1 :], became - (own if start is None else start[j]))
+    return codes
+
+
+def _on_cpu(x: Tensor) -> Tensor:
+    return x.detach().to("cpu", torch.float32).contiguous()
+
+
+def _found(failed: int, codes: Tensor, planes: int, uneven: bool, like: Tensor) -> Tensor:
+    """What a compiled search found, as codes of planes, on like's device."""
     if failed:
-        raise MemoryError(f"no memory for the paths of {x.shape[0]} columns")
+        raise MemoryError(f"no memory for the paths of {len(codes)} columns")
     if uneven:
         codes = plane_codes(planes, True)[codes.long()]
-    return codes.to(x.device)
+    return codes.to(like.device)
 
 
 @cache

@@ -14,6 +14,7 @@
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
 #define MOST_STATES 4096
+#define SUMS 64 /* rows whose sums stay in registers, or near */
 
 /* A path's last bits, the newest lowest, are a state; the bit that enters moves them up. States s
  * and s + half, which differ in their oldest bit, thus both lead to 2 s (a 0 enters) and 2 s + 1.
@@ -182,12 +183,29 @@ INLINE void squares(const Code *c, float x, float d[4]) {
         }
 }
 
-/* x [n] in units of a row's scale, square [n]: that scale squared; d [n][4] and oldest: scratch. */
-INLINE void search(Forward *forward, const Code *c, int64_t n, const float *x, const float *square,
-                   float *d, uint8_t *oldest, uint8_t *restrict codes) {
+/* What a search needs for columns of n entries. */
+typedef struct {
+    int64_t n;
+    const float *scale;
+    float *square, *inverse; /* of the scales [n]; 0 the inverse of 0 */
+    float *units, *d;        /* scratch: [n], [n][4] */
+    uint8_t *oldest;
+} Column;
+
+/* The path nearest to x [n]. */
+INLINE void search(Forward *forward, const Code *c, const Column *column, const float *x_scaled,
+                   uint8_t *restrict codes) {
+    const int64_t n = column->n;
+    float *restrict const x = column->units;
+    float *const d = column->d;
+    uint8_t *const oldest = column->oldest;
+    for (int64_t t = 0; t < n; t++) {
+        const float v = x_scaled[t] * column->inverse[t];
+        x[t] = fabsf(v) < 1e15f ? v : 0;
+    }
     for (int64_t t = 0; t < n; t++) {
         squares(c, x[t], d + 4 * t);
-        for (int label = 0; label < 4; label++) d[4 * t + label] *= square[t];
+        for (int label = 0; label < 4; label++) d[4 * t + label] *= column->square[t];
     }
     const unsigned half = (unsigned)c->half, states = 2 * half, side = (unsigned)c->row / 2;
     float costs[2][MOST_STATES] __attribute__((aligned(64)));
@@ -209,15 +227,53 @@ INLINE void search(Forward *forward, const Code *c, int64_t n, const float *x, c
     for (int64_t t = 0; t < n; t++) codes[t] = (uint8_t)nearest(c, x[t], codes[t]);
 }
 
-typedef void Search(const Code *, int64_t, const float *, const float *, float *, uint8_t *,
-                    uint8_t *);
+/* x -= the sum over i of A[i] * error[i], error [before, n]. */
+INLINE void made_up_for(int64_t n, int64_t before, const float *A, const float *error, float *x) {
+    for (int64_t r = 0; r < n; r += SUMS) {
+        const int64_t left = n - r < SUMS ? n - r : SUMS;
+        float sum[SUMS] = {0};
+        for (int64_t i = 0; i < before; i++) {
+            const float *restrict own = error + i * n + r;
+            if (left == SUMS)
+#pragma GCC unroll 1
+                for (int l = 0; l < SUMS; l++) sum[l] += A[i] * own[l];
+            else
+                for (int64_t l = 0; l < left; l++) sum[l] += A[i] * own[l];
+        }
+        for (int64_t l = 0; l < left; l++) x[r + l] -= sum[l];
+    }
+}
 
-/* Compiled for each kind of machine: its loops over rows become vector instructions, too. */
+/* Of columns [n], the errors of so many before which count A [before] for this one, made up for;
+ * its path, and what it leaves in turn: what it became less `start`, or less itself. */
+INLINE void in_turn(Forward *forward, const Code *c, const Column *column, int64_t before,
+                    const float *A, float *errors, float *x, const float *start,
+                    uint8_t *codes) {
+    const int64_t n = column->n;
+    made_up_for(n, before, A, errors, x);
+    search(forward, c, column, x, codes);
+    float *const error = errors + before * n;
+    const float *const from = start ? start : x;
+    for (int64_t t = 0; t < n; t++) {
+        const float level = c->levels ? c->levels[codes[t]] : 2 * (float)codes[t] - c->steps;
+        error[t] = column->scale[t] * level - from[t];
+    }
+}
+
+typedef void Search(const Code *, const Column *, const float *, uint8_t *);
+typedef void InTurn(const Code *, const Column *, int64_t, const float *, float *, float *,
+                    const float *, uint8_t *);
+
+/* Compiled for each kind of machine: their loops over rows become vector instructions, too. */
 #define DEFINE_SEARCH(NAME, TARGET)                                                              \
-    static TARGET void search_##NAME(const Code *c, int64_t n, const float *x,                   \
-                                     const float *square, float *d, uint8_t *oldest,             \
+    static TARGET void search_##NAME(const Code *c, const Column *column, const float *x,        \
                                      uint8_t *codes) {                                           \
-        search(forward_##NAME, c, n, x, square, d, oldest, codes);                               \
+        search(forward_##NAME, c, column, x, codes);                                             \
+    }                                                                                            \
+    static TARGET void in_turn_##NAME(const Code *c, const Column *column, int64_t before,       \
+                                      const float *A, float *errors, float *x,                   \
+                                      const float *start, uint8_t *codes) {                      \
+        in_turn(forward_##NAME, c, column, before, A, errors, x, start, codes);                  \
     }
 
 DEFINE_SEARCH(plain, )
@@ -229,6 +285,7 @@ DEFINE_SEARCH(avx512, AVX512)
 typedef struct {
     const char *name;
     Search *search;
+    InTurn *in_turn;
 } Variant;
 
 /* The variants this machine can run, fastest first; without a name past the last. */
@@ -239,10 +296,10 @@ static Variant variant(int index) {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        found[count++] = (Variant){"avx512", search_avx512};
-    if (__builtin_cpu_supports("avx2")) found[count++] = (Variant){"avx2", search_avx2};
+        found[count++] = (Variant){"avx512", search_avx512, in_turn_avx512};
+    if (__builtin_cpu_supports("avx2")) found[count++] = (Variant){"avx2", search_avx2, in_turn_avx2};
 #endif
-    found[count++] = (Variant){"plain", search_plain};
+    found[count++] = (Variant){"plain", search_plain, in_turn_plain};
     return found[index < count ? index : count];
 }
 
@@ -255,13 +312,7 @@ EXPORT const char *pbq_trellis_use(int index) {
     return v.name;
 }
 
-/* x [sequences, n], scale [n] -> codes [sequences, n]: of all sequences of levels scale * (2 code -
- * steps) that the trellis holds, or of scale * levels[code], levels rising, the one nearest to each
- * x. h1, h0: what of the last bits makes the two low bits of a code; bits 0 and memory are in h1
- * only. memory 2, 4, … 12; planes to 8. Returns 0, or -1 without memory. */
-EXPORT int pbq_trellis(const float *x, const float *scale, int64_t sequences, int64_t n, int planes,
-                       int memory, int h1, int h0, const float *levels, uint8_t *codes,
-                       int threads) {
+static Code code_of(int planes, int memory, int h1, int h0, const float *levels) {
     const int half = 1 << (memory - 1);
     Code c = {.top = (1 << (planes - 2)) - 1, .steps = (float)((1 << planes) - 1), .levels = levels};
     c.half = half, c.row = half < 8 ? 2 : half / 4;
@@ -269,35 +320,63 @@ EXPORT int pbq_trellis(const float *x, const float *scale, int64_t sequences, in
         const int bit = 2 * (h1 >> (i + 1) & 1) + (h0 >> (i + 1) & 1);
         for (int s = 0; s < 1 << i; s++) c.label[s | 1 << i] = (uint8_t)(c.label[s] ^ bit);
     }
-    Search *const run = variant(chosen).search;
-    float *square = malloc(2 * (size_t)n * sizeof(float));
-    if (!square) return -1;
-    float *inverse = square + n;
+    return c;
+}
+
+/* For entries of these scales [n]; `square`, which all of it is part of, is NULL without memory. */
+static Column column_of(const Code *c, int64_t n, const float *scale) {
+    Column found = {.n = n, .scale = scale};
+    found.square = malloc((size_t)n * (7 * sizeof(float) + (size_t)c->row));
+    if (!found.square) return found;
+    found.inverse = found.square + n, found.units = found.inverse + n, found.d = found.units + n;
+    found.oldest = (uint8_t *)(found.d + 4 * n);
     for (int64_t t = 0; t < n; t++) {
-        square[t] = scale[t] * scale[t];
-        inverse[t] = scale[t] != 0 ? 1 / scale[t] : 0;
+        found.square[t] = scale[t] * scale[t];
+        found.inverse[t] = scale[t] != 0 ? 1 / scale[t] : 0;
     }
+    return found;
+}
+
+/* x [sequences, n], scale [n] -> codes [sequences, n]: of all sequences of levels scale * (2 code -
+ * steps) that the trellis holds, or of scale * levels[code], levels rising, the one nearest to each
+ * x. h1, h0: what of the last bits makes the two low bits of a code; bits 0 and memory are in h1
+ * only. memory 2, 4, … 12; planes to 8. Returns 0, or -1 without memory. */
+EXPORT int pbq_trellis(const float *x, const float *scale, int64_t sequences, int64_t n, int planes,
+                       int memory, int h1, int h0, const float *levels, uint8_t *codes,
+                       int threads) {
+    (void)threads; /* where there is no OpenMP */
+    const Code c = code_of(planes, memory, h1, h0, levels);
+    Search *const run = variant(chosen).search;
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float *units = malloc((size_t)n * (5 * sizeof(float) + (size_t)c.row));
-        float *d = units + n;
-        uint8_t *oldest = (uint8_t *)(d + 4 * n);
-        if (!units) {
+        const Column column = column_of(&c, n, scale);
+        if (!column.square) {
 #pragma omp atomic write
             failed = 1;
         }
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < sequences; i++) {
-            if (!units) continue;
-            for (int64_t t = 0; t < n; t++) {
-                const float v = x[i * n + t] * inverse[t];
-                units[t] = fabsf(v) < 1e15f ? v : 0;
-            }
-            run(&c, n, units, square, d, oldest, codes + i * n);
-        }
-        free(units);
+        for (int64_t i = 0; i < sequences; i++)
+            if (column.square) run(&c, &column, x + i * n, codes + i * n);
+        free(column.square);
     }
-    free(square);
+    return failed ? -1 : 0;
+}
+
+/* The same for columns x [columns, n] of a weight in turn, once x[j] -= the sum over i < j of
+ * A[j][i] * (what i became - start[i]); start [columns, n], or NULL: x[i] as it is by then. */
+EXPORT int pbq_trellis_in_turn(float *x, const float *A, const float *start, const float *scale,
+                               int64_t columns, int64_t n, int planes, int memory, int h1, int h0,
+                               const float *levels, uint8_t *codes) {
+    const Code c = code_of(planes, memory, h1, h0, levels);
+    InTurn *const run = variant(chosen).in_turn;
+    const Column column = column_of(&c, n, scale);
+    float *const errors = malloc((size_t)(columns * n) * sizeof(float));
+    if (column.square && errors)
+        for (int64_t j = 0; j < columns; j++)
+            run(&c, &column, j, A + j * columns, errors, x + j * n, start ? start + j * n : NULL,
+                codes + j * n);
+    const int failed = !column.square || !errors;
+    free(column.square), free(errors);
     return failed ? -1 : 0;
 }
