@@ -18,6 +18,7 @@ from pbq.grid import Quantized
 from pbq.heap import freed_memory_kept
 from pbq.pack import pack, unpack
 from pbq.tunable import Rates, Tunable
+from pbq_kernels.divergence import divergence
 from pbq_kernels.layout import PackedWeight, WeightLayout
 
 Progress = Callable[[int, int], None]
@@ -396,41 +397,24 @@ def distill(
     )
 
 
-def forward_kl(
-    logits: Tensor, target: Tensor, chunk: int | None = None, *, gamma: float = 0.0
-) -> Tensor:
+def forward_kl(logits: Tensor, target: Tensor, *, gamma: float = 0.0) -> Tensor:
     """Mean over tokens of KL(target || logits), nats; gamma > 0 weighs ambiguous tokens more.
 
     The weight of a token is the entropy of its target to the power gamma, their mean being 1 (after
-    DB-LLM's Deviation-Aware Distillation). `chunk` tokens at a time: a vocabulary of 50,000 in
-    float32 would otherwise take gigabytes, and on a CPU as few as stay in its cache.
+    DB-LLM's Deviation-Aware Distillation).
     """
-    chunk = chunk or (8 if logits.device.type == "cpu" else 128)
-    found = _ForwardKl.apply(logits.flatten(0, -2), target.flatten(0, -2), chunk, gamma)
+    found = _ForwardKl.apply(logits.flatten(0, -2), target.flatten(0, -2), gamma)
     assert isinstance(found, Tensor)
     return found
 
 
 class _ForwardKl(torch.autograd.Function):
-    """The gradient, weight · (softmax(logits) - softmax(target)), is found along with the loss.
-
-    It is kept in the dtype of the logits, and no float32 softmax is kept or made twice.
-    """
+    """The gradient is found along with the loss and kept in the dtype of the logits."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, chunk: int, gamma: float) -> Tensor:
-        kl, weight = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
-        gradient = torch.empty_like(logits if ctx.needs_input_grad[0] else logits[:0])
-        for start in range(0, len(logits), chunk):
-            some = slice(start, start + chunk)
-            log_q = logits[some].float().log_softmax(-1)
-            log_p = target[some].float().log_softmax(-1)
-            p = log_p.exp()
-            kl[some] = (p * (log_p - log_q)).sum(-1)
-            weight[some] = -(p * log_p).sum(-1)
-            weight[some] **= gamma
-            if ctx.needs_input_grad[0]:
-                gradient[some] = (log_q.exp_() - p) * weight[some, None]
+    def forward(ctx: Any, logits: Tensor, target: Tensor, gamma: float) -> Tensor:
+        kl, entropy, gradient = divergence(logits, target, gamma, gradient=ctx.needs_input_grad[0])
+        weight = entropy.clamp(min=0) ** gamma
         total = weight.sum().clamp(min=1e-20)
         ctx.save_for_backward(gradient, total)
         return (weight * kl).sum() / total
@@ -438,4 +422,4 @@ class _ForwardKl(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, out: Tensor) -> Any:
         gradient, total = ctx.saved_tensors
-        return gradient * (out / total).to(gradient.dtype), None, None, None
+        return gradient * (out / total).to(gradient.dtype), None, None

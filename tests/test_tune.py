@@ -288,14 +288,13 @@ def test_a_token_mistaken_for_an_attention_sink_does_not_drown_the_others() -> N
     assert float(norms[3]) < 2 * float(norms.median())
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 128])
-def test_forward_kl_equals_its_definition(chunk: int) -> None:
+def test_forward_kl_equals_its_definition() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 5, 11, generator=generator, requires_grad=True)
     target = 2 * torch.randn(3, 5, 11, generator=generator)
     p, q = target.double().softmax(-1), logits.double().softmax(-1)
     expected = (p * (p / q).log()).sum(-1).mean()
-    found = forward_kl(logits, target, chunk)
+    found = forward_kl(logits, target)
     torch.testing.assert_close(found.double(), expected, atol=0, rtol=1e-5)
     found.backward()
     slow = torch.autograd.grad(expected, logits)[0]

@@ -156,6 +156,10 @@ def _declare(library: ctypes.CDLL) -> None:
         *(pointer, pointer, pointer, pointer, wide, wide),
         *(integer, integer, integer, integer, pointer, pointer),
     ]
+    library.pbq_divergence.argtypes = [
+        *(pointer, pointer, wide, wide, ctypes.c_float, pointer, pointer, pointer, integer)
+    ]
+    library.pbq_divergence.restype = None
     for function in (library.pbq_levels, library.pbq_levels_gradient):
         function.argtypes = [*(pointer, pointer, pointer, wide, wide, integer, pointer, integer)]
         function.restype = None

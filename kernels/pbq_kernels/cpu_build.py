@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cpu.c")
-# Flags of a file's own: without these, choosing the less of two costs is not vectorized.
+# Flags of a file's own: without these, what is chosen by comparing numbers is not vectorized.
 SOURCES = {
     SOURCE: (),
     SOURCE.with_name("products.c"): (),
     SOURCE.with_name("levels.c"): (),
+    SOURCE.with_name("divergence.c"): ("-fno-trapping-math",),
     SOURCE.with_name("trellis.c"): ("-ffinite-math-only", "-fno-signed-zeros"),
 }
 HEADER = SOURCE.with_name("weight.h")

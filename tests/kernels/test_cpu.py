@@ -610,7 +610,9 @@ def with_products(source: Path) -> list[str]:
     return [str(source), *(products if source.stem == "cpu_sanitize" else [])]
 
 
-@pytest.mark.parametrize("name, least", [("cpu", 270), ("levels", 20), ("trellis", 60)])
+@pytest.mark.parametrize(
+    "name, least", [("cpu", 270), ("levels", 20), ("trellis", 60), ("divergence", 20)]
+)
 def test_sanitizers(tmp_path: Path, name: str, least: int) -> None:
     """The kernels over exactly sized buffers, built with -fsanitize=address,undefined."""
     try:
@@ -636,7 +638,9 @@ def test_sanitizers(tmp_path: Path, name: str, least: int) -> None:
 
 
 # neon and portable; what has one variant there
-@pytest.mark.parametrize("name, cases", [("cpu", 2 * 270), ("levels", 20), ("trellis", 180)])
+@pytest.mark.parametrize(
+    "name, cases", [("cpu", 2 * 270), ("levels", 20), ("trellis", 180), ("divergence", 20)]
+)
 def test_arm_under_emulation(tmp_path: Path, name: str, cases: int) -> None:
     """The same cases on an emulated ARM CPU, with the flags of the wheel."""
     compiler = shutil.which("aarch64-linux-gnu-gcc")
