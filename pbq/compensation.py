@@ -105,14 +105,14 @@ class Sums:
         x = x_q.float()
         weighted, root = x * w[:, None], x * w.sqrt()[:, None]
         with products_of(x_q.dtype):
-            self.H += root.T @ root
+            _add(self.H, root.T @ root)
         # the gaps may be multiplied in the model's own dtype: unlike H nothing inverts them
         own = weighted.to(x_q.dtype)
         found = Gaps(
             (x_f.float() - x).to(own.dtype).T @ own,
             {name: gap.to(own.dtype).T @ own for name, gap in residual.items()},
         )
-        self.gaps[-1 if negated else 0].each(Tensor.add_, found)
+        self.gaps[-1 if negated else 0].each(_add, found)
         self.total += torch.stack([w.sum(), w.new_tensor(len(x)), w.new_tensor(negated)])
 
     def _all(self) -> list[Tensor]:
@@ -140,6 +140,13 @@ class Sums:
         return Moments(
             per_token(self.H), gaps.each(per_token), chance and chance.each(per_token), int(tokens)
         )
+
+
+def _add(total: Tensor, x: Tensor) -> Tensor:
+    """total += x, float64 [n, k], some rows at a time: torch makes a float64 copy of x first."""
+    for rows, part in zip(total.split(64), x.split(64), strict=True):
+        rows += part
+    return total
 
 
 def compensate(W: Tensor, moments: Moments, name: str, percdamp: float) -> tuple[Tensor, float]:
