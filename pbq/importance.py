@@ -56,7 +56,7 @@ def token_importance(
 
 
 def _random_signs(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """±1, float32; eight from each random byte, which takes a third of the time of one from each."""
+    """±1, float32; eight from each random byte, in a third of the time of one from each."""
     count = shape.numel()
     drawn = torch.randint(256, (-(-count // 8), 1), generator=generator, dtype=torch.uint8)
     bits = (drawn >> torch.arange(8, dtype=torch.uint8)) & 1
