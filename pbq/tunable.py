@@ -118,10 +118,13 @@ class TunableWeight(nn.Module):
                 nn.Parameter(self._where_it_rounds(t, part).contiguous())
                 for t, part in enumerate(start.split([t.columns for t in qw.tiers]))
             )
-        # with these, nothing is made of `_codes` on every step
         fast = not len(self.latent) and dtype == torch.bfloat16
         self._whole = _whole_numbers(qw) if fast else None
         self._tier_of = qw.tier_of.to(torch.int32)
+        # where weights are made of whole numbers, the codes as they were given, instead of `_codes`
+        self._given = None if self._whole is None else qw.codes
+        if self._whole is not None:
+            self._codes = []
 
     def _where_it_rounds(self, t: int, latent: Tensor) -> Tensor:
         """The latent weights, or the level itself where they would not round to the stored code."""
@@ -243,12 +246,12 @@ class TunableWeight(nn.Module):
     @torch.no_grad()
     def freeze(self) -> QuantizedWeight:
         """What would be stored now: codes, and scales rounded as they are stored."""
-        grids, codes = [], []
+        grids = []
         for t in range(len(self.tiers)):
             scale, offset = self._numbers(t)
             scale = stored_scale(scale.permute(2, 0, 1), self._scale_bits)
             grids.append(TierGrid(scale, None if offset is None else stored(offset.T)))
-            codes.append(self._nearest(t, self.latent[t]) if len(self.latent) else self._codes[t])
+        codes = [self._nearest(t, x) for t, x in enumerate(self.latent)] or self._codes
         column = None
         if self._column0 is not None and self.column is not None:
             column = stored(self._column0 * self.column)
@@ -265,11 +268,13 @@ class TunableWeight(nn.Module):
     def _quantized(
         self, codes: Sequence[Tensor], grids: list[TierGrid], column: Tensor | None
     ) -> QuantizedWeight:
-        parts = [
-            codes_at(tier, part) if tier.uneven else part
-            for tier, part in zip(self.tiers, codes, strict=True)
-        ]
-        codes_nk = torch.cat(parts)[self._inverse].T.contiguous()
+        codes_nk = self._given
+        if codes_nk is None:
+            parts = [
+                codes_at(tier, part) if tier.uneven else part
+                for tier, part in zip(self.tiers, codes, strict=True)
+            ]
+            codes_nk = torch.cat(parts)[self._inverse].T.contiguous()
         return QuantizedWeight(
             self.tiers, self.tier_of, codes_nk, grids, column, self._overlay, self._scale_bits
         )
