@@ -13,7 +13,7 @@ from pbq import methods, preprocessing
 from pbq.allocate import ChannelStats, PlanInput
 from pbq.calibrate import STATISTICS_ROWS, most_rows
 from pbq.config import QuantConfig
-from pbq.sensitivity import HESSIAN_TOKENS, LENGTH, SEGMENTS
+from pbq.sensitivity import HESSIAN_TOKENS, LENGTH, SEGMENTS, quicker
 from pbq.tune import STEP_TOKENS, Recipe
 
 # Share of the speed of bare matmuls that whole stages reach, attention, rounding and optimiser
@@ -37,13 +37,15 @@ class Speed:
     model, single: floating-point operations a second of a large matmul, in the model's dtype and
     in float32.
     column, entry: seconds that rounding takes beside its matmuls, for each column of a linear
-    (calls to small operations, whose size hardly matters) and each weight.
+    (calls to small operations, whose size hardly matters) and each weight. quicker: what is left of
+    either as sensitivities round.
     """
 
     model: float
     single: float
     column: float = 0.0
     entry: float = 0.0
+    quicker: float = 1.0
 
     @staticmethod
     def measure(
@@ -55,19 +57,21 @@ class Speed:
             return found
         config = dataclasses.replace(config, bits=max(config.bits, TRIAL_BITS))
         (few, k), (many, _) = TRIALS
-        small, large = (
-            _rounding_seconds(n, k, device, recipe, config)
+        small, large, quick = (
+            _rounding_seconds(n, k, device, recipe, config, quick=quick)
             - _rounding_operations(n, k) / found.single / EFFICIENCY
-            for n in (few, many)
+            for n, quick in ((few, False), (many, False), (many, True))
         )
         entry = max(0.0, large - small) / (k * (many - few))
-        return dataclasses.replace(found, entry=entry, column=max(0.0, small / k - entry * few))
+        column = max(0.0, small / k - entry * few)
+        left = min(1.0, max(0.0, quick) / large) if large > 0 else 1.0
+        return dataclasses.replace(found, entry=entry, column=column, quicker=left)
 
 
 def _rounding_seconds(
-    n: int, k: int, device: torch.device, recipe: Recipe, config: QuantConfig
+    n: int, k: int, device: torch.device, recipe: Recipe, config: QuantConfig, *, quick: bool
 ) -> float:
-    """Of one linear [n, k] of random weights and inputs."""
+    """Of one linear [n, k] of random weights and inputs. quick: as sensitivities round."""
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(n, k, generator=generator).to(device)
     X = torch.randn(2 * k, k, generator=generator) * torch.linspace(0.2, 2, k)
@@ -76,6 +80,8 @@ def _rounding_seconds(
     stats = ChannelStats(H.diagonal(), X.abs().amax(0), X.abs().mean(0), torch.ones_like(W[:, 0]))
     method = methods.get(config.method, config)
     plan = method.plan({"trial": PlanInput(W, stats)}, config)["trial"]
+    if quick:
+        recipe, plan = quicker(recipe, plan)
     started = time.perf_counter()
     rebuilt, _, _ = methods.rebuild(method, recipe, config, plan, W, H)
     float(rebuilt.dequantize()[0, 0])  # waits for the device
@@ -152,7 +158,10 @@ def seconds(
     found = {stage: time / EFFICIENCY for stage, time in found.items()}
     columns = sum(k * speed.column + n * k * speed.entry for n, k in shapes.values())
     columns /= TOGETHER if torch.get_num_threads() > 1 else 1
-    return {s: t + columns * (s in ("blocks", "sensitivities")) for s, t in found.items()}
+    for stage, share in ("blocks", 1.0), ("sensitivities", speed.quicker):
+        if stage in found:
+            found[stage] += columns * share
+    return found
 
 
 def _sensitivities(

@@ -639,7 +639,7 @@ def test_sanitizers(tmp_path: Path, name: str, least: int) -> None:
 
 # neon and portable; what has one variant there
 @pytest.mark.parametrize(
-    "name, cases", [("cpu", 2 * 270), ("levels", 20), ("trellis", 180), ("divergence", 20)]
+    "name, cases", [("cpu", 2 * 270), ("levels", 20), ("trellis", 540), ("divergence", 20)]
 )
 def test_arm_under_emulation(tmp_path: Path, name: str, cases: int) -> None:
     """The same cases on an emulated ARM CPU, with the flags of the wheel."""

@@ -22,7 +22,12 @@ from pbq_kernels.layout import (
     padding_is_zero,
     stored_planes,
 )
-from pbq_kernels.paths import nearest_path, nearest_path_naive
+from pbq_kernels.paths import (
+    nearest_path,
+    nearest_path_naive,
+    nearest_paths_in_turn,
+    nearest_paths_in_turn_naive,
+)
 from pbq_kernels.reference import dequantize
 from pbq_kernels.scales import encoded_scales
 from pbq_kernels.trellis import (
@@ -225,6 +230,53 @@ def test_every_variant_finds_the_same_path(
             torch.testing.assert_close(
                 error(x, found[0], scale, planes), error(x, slow, scale, planes)
             )
+
+
+InTurn = Callable[[Tensor, Tensor, Tensor | None, Tensor, int, int, bool], Tensor]
+
+
+def check_in_turn(find: InTurn, c: int, n: int, uneven: bool, started: bool) -> None:
+    """Every column is rounded to its nearest path once what those before it leave is made up for.
+
+    Whatever the order of the sums: a last bit may turn a path and with it all columns behind.
+    """
+    generator = torch.Generator().manual_seed(c + n)
+    x, start = torch.randn(2, c, n, generator=generator)
+    A, scale = torch.randn(c, c, generator=generator) / c**0.5, torch.rand(n) * 0.3 + 0.02
+    scale = scale / 8 if uneven else scale
+    columns = x.T.contiguous().T  # as it may lie in memory
+    codes = find(columns, A, start if started else None, scale, 3, 4, uneven)
+    left = levels(codes, scale, 3, uneven) - (start if started else columns)
+    expected = x.double() - torch.triu(A, 1).double().T @ left.double()
+    torch.testing.assert_close(columns.double(), expected, atol=1e-5, rtol=1e-5)
+    nearest = nearest_path_naive(columns, scale, 3, 4, uneven)
+    torch.testing.assert_close(
+        error(columns, codes, scale, 3, uneven), error(columns, nearest, scale, 3, uneven)
+    )
+    stored_codes(codes.T.contiguous(), 4, 3 * uneven)  # paths
+
+
+IN_TURN = pytest.mark.parametrize("c, n", [(1, 1), (2, 3), (5, 63), (9, 64), (17, 130)])
+
+
+@needs_compiler
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("uneven", [False, True])
+@IN_TURN
+def test_columns_in_turn(
+    c: int, n: int, uneven: bool, started: bool, use: Callable[[int], str | None]
+) -> None:
+    variants = 0
+    while use(variants):
+        check_in_turn(nearest_paths_in_turn, c, n, uneven, started)
+        variants += 1
+    assert variants
+
+
+@pytest.mark.parametrize("started", [False, True])
+@IN_TURN
+def test_columns_in_turn_in_torch(c: int, n: int, started: bool) -> None:
+    check_in_turn(nearest_paths_in_turn_naive, c, n, started, started)
 
 
 def test_polynomials_are_what_the_compiled_search_needs() -> None:

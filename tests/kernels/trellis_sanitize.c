@@ -81,6 +81,24 @@ int main(void) {
                         return 1;
                     }
                 }
+                /* in turn: without what is made up for, the same paths; with it, paths */
+                float *A = calloc((size_t)(c * c), sizeof *A), *own = malloc((size_t)(c * n) * sizeof *x);
+                for (int with = 0; with < 2; with++) {
+                    for (int64_t i = 0; with && i < c * c; i++) A[i] = 0.01f * (float)(i % 7);
+                    for (int v = 0; pbq_trellis_use(v); v++, checked++) {
+                        memcpy(own, x, (size_t)(c * n) * sizeof *x);
+                        if (pbq_trellis_in_turn(own, A, v ? x : NULL, scale, c, n, planes, memory,
+                                                H1[memory], H0[memory], uneven ? levels : NULL, codes))
+                            return 2;
+                        int wrong = !with && memcmp(first, codes, (size_t)(c * n));
+                        for (int64_t i = 0; i < c; i++) wrong |= !is_path(codes + i * n, n, memory);
+                        if (wrong) {
+                            printf("%s in turn, case %d\n", pbq_trellis_use(v), checked);
+                            return 1;
+                        }
+                    }
+                }
+                free(A), free(own);
                 free(x), free(scale), free(levels), free(codes), free(first), free(zeros);
             }
     printf("%d cases\n", checked);
