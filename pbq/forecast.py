@@ -57,14 +57,17 @@ class Speed:
             return found
         config = dataclasses.replace(config, bits=max(config.bits, TRIAL_BITS))
         (few, k), (many, _) = TRIALS
-        small, large, quick = (
-            _rounding_seconds(n, k, device, recipe, config, quick=quick)
-            - _rounding_operations(n, k) / found.single / EFFICIENCY
-            for n, quick in ((few, False), (many, False), (many, True))
-        )
+
+        def beside_matmuls(n: int, *, quick: bool = False) -> float:
+            spent = _rounding_seconds(n, k, device, recipe, config, quick=quick)
+            return spent - _rounding_operations(n, k) / found.single / EFFICIENCY
+
+        small, large = beside_matmuls(few), beside_matmuls(many)
         entry = max(0.0, large - small) / (k * (many - few))
         column = max(0.0, small / k - entry * few)
-        left = min(1.0, max(0.0, quick) / large) if large > 0 else 1.0
+        left = 1.0
+        if recipe.sensitivity and large > 0:
+            left = min(1.0, max(0.0, beside_matmuls(many, quick=True)) / large)
         return dataclasses.replace(found, entry=entry, column=column, quicker=left)
 
 

@@ -81,9 +81,11 @@ class Grid:
         codes = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
         values = torch.empty_like(columns)
         for j, w in enumerate(columns):
-            unit = 1.0 if column_scale is None else column_scale[j]
-            code, value = self.nearest((w / unit)[:, None])
-            value = value * unit
+            if column_scale is None:
+                code, value = self.nearest(w[:, None])
+            else:
+                code, value = self.nearest((w / column_scale[j])[:, None])
+                value = value * column_scale[j]
             if overlay is not None:
                 value = overlay.columns(slice(j, j + 1)).rounded(w[:, None], value)
             codes[j], values[j] = code[:, 0], value[:, 0]

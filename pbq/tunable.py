@@ -104,27 +104,33 @@ class TunableWeight(nn.Module):
             self.column = nn.Parameter(torch.ones_like(qw.column_scale))
             trained = torch.tensor(self._trained, device=order.device)[qw.tier_of.long()]
             self.column.register_hook(lambda gradient: gradient * trained)
-        codes = qw.codes[:, order].T
-        # uint8 [c, n]; of uneven levels, whose codes stay, int8 positions: no table on every step
-        self._codes = [
-            positions(tier, part).to(torch.int8) if tier.uneven else part
-            for tier, part in zip(qw.tiers, codes.split([t.columns for t in qw.tiers]), strict=True)
-        ]
-        self.latent = nn.ParameterList()
         # a latent weight that moves would change the path of many rows at once, for the worse
-        if latent is not None and not any(tier.trellis for tier in qw.tiers):
+        if any(tier.trellis for tier in qw.tiers):
+            latent = None
+        fast = latent is None and dtype == torch.bfloat16
+        self._whole = _whole_numbers(qw) if fast else None
+        self._tier_of = qw.tier_of.to(torch.int32)
+        # where weights are made of whole numbers, the codes as they were given, instead of `_codes`
+        self._given = None if self._whole is None else qw.codes
+        self._codes = self._parts(qw) if self._whole is None else []
+        self.latent = nn.ParameterList()
+        if latent is not None:
             start = (latent if qw.column_scale is None else latent / qw.column_scale)[:, order].T
             self.latent.extend(
                 nn.Parameter(self._where_it_rounds(t, part).contiguous())
                 for t, part in enumerate(start.split([t.columns for t in qw.tiers]))
             )
-        fast = not len(self.latent) and dtype == torch.bfloat16
-        self._whole = _whole_numbers(qw) if fast else None
-        self._tier_of = qw.tier_of.to(torch.int32)
-        # where weights are made of whole numbers, the codes as they were given, instead of `_codes`
-        self._given = None if self._whole is None else qw.codes
-        if self._whole is not None:
-            self._codes = []
+
+    def _parts(self, qw: QuantizedWeight) -> list[Tensor]:
+        """Codes of each tier, uint8 [c, n]; of uneven levels, whose codes stay, int8 positions.
+
+        So that no table is read on every step.
+        """
+        codes = qw.codes[:, self._order].T.split([t.columns for t in qw.tiers])
+        return [
+            positions(tier, part).to(torch.int8) if tier.uneven else part
+            for tier, part in zip(qw.tiers, codes, strict=True)
+        ]
 
     def _where_it_rounds(self, t: int, latent: Tensor) -> Tensor:
         """The latent weights, or the level itself where they would not round to the stored code."""

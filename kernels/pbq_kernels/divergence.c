@@ -109,31 +109,25 @@ DEFINE_TOKEN(plain, )
 DEFINE_TOKEN(avx2, __attribute__((target("avx2,fma"))))
 #endif
 
-typedef struct {
-  const char *name;
-  Token *token;
-} Variant;
-
-/* The variants this machine can run, fastest first; without a name past the last. */
-static Variant variant(int index) {
-  Variant found[3] = {{0}};
+/* What this machine can run, fastest first; NULL past the last. */
+static Token *variant(int index) {
+  Token *found[3] = {0};
   int count = 0;
 #ifdef __x86_64__
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    found[count++] = (Variant){"avx2", token_avx2};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[count++] = token_avx2;
 #endif
-  found[count++] = (Variant){"plain", token_plain};
+  found[count++] = token_plain;
   return found[index < count ? index : count];
 }
 
 static int chosen;
 
-/* For tests: this variant is taken from now on. Its name, or NULL if there are not so many. */
-EXPORT const char *pbq_divergence_use(int index) {
-  const Variant v = variant(index);
-  if (v.name) chosen = index;
-  return v.name;
+/* For tests: this variant is taken from now on, if there are so many. */
+EXPORT int pbq_divergence_use(int index) {
+  if (!variant(index)) return 0;
+  chosen = index;
+  return 1;
 }
 
 /* Logits [tokens, v] of a student and its target, bfloat16 -> kl, entropy [tokens]; and, unless it
@@ -142,7 +136,7 @@ EXPORT void pbq_divergence(const uint16_t *student, const uint16_t *target, int6
                            int64_t v, float gamma, float *kl, float *entropy, uint16_t *gradient,
                            int threads) {
   (void)threads; /* where there is no OpenMP */
-  Token *const run = variant(chosen).token;
+  Token *const run = variant(chosen);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t t = 0; t < tokens; t++)
     run(student + t * v, target + t * v, v, gamma, kl + t, entropy + t,

@@ -1,4 +1,4 @@
-"""KL divergences of next-token distributions and their gradients: half of what a loss costs.
+"""KL divergences of next-token distributions and their gradients: the loss of distillation.
 
 Compiled from divergence.c for bfloat16 on CPUs, where there is a C compiler; in torch elsewhere.
 """

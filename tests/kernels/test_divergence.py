@@ -1,7 +1,5 @@
 """divergence.c against float64: every variant, awkward sizes, any thread count, wild numbers."""
 
-import ctypes
-
 import pytest
 import torch
 
@@ -26,9 +24,8 @@ def exact(student, target, gamma):
 
 @pytest.fixture
 def use():
-    """use(i): the i-th of the compiled variants from now on. Its name, or None."""
+    """use(i): the i-th of the compiled variants from now on. Are there so many?"""
     library = compiled()
-    library.pbq_divergence_use.restype = ctypes.c_char_p
     yield library.pbq_divergence_use
     library.pbq_divergence_use(0)
 
