@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -31,7 +32,7 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads, {TOKENS} x {vocabulary}")
     for gradient in (False, True):
         own, twin = (
-            milliseconds(lambda find=find: find(student, target, gradient=gradient))
+            milliseconds(partial(find, student, target, gradient=gradient))
             for find in (divergence, divergence_naive)
         )
         print(f"{'with' if gradient else 'without'} gradient: {own:.0f} ms, in torch {twin:.0f} ms")
