@@ -4,7 +4,7 @@
 
 A column is worth E[x²]·Σ_r E[g_r²] w_r², g the gradient of the loss (a diagonal Fisher), so that
 layers compare and the sensitive ones get more bits. POWER=0.5 in the environment takes the square
-root of what sets layers apart. docs/methods.md has the figures.
+root of what sets layers apart. docs/experiments.md has the figures.
 """
 
 from __future__ import annotations
