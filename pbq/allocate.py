@@ -6,7 +6,7 @@ import bisect
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -215,7 +215,7 @@ class _Choice:
     left: float
     bits: int
     mix: tuple[int, ...]
-    counts: list[int]
+    counts: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,6 +229,8 @@ class _Layer:
     tiers_for: TiersFor
     kept: Sequence[float]
     scale_bits: int
+    # a search over prices comes to the same columns again and again
+    known: dict[tuple[tuple[int, ...], tuple[int, ...]], _Choice] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -242,7 +244,7 @@ class _Layer:
     def k(self) -> int:
         return len(self.order)
 
-    def counts(self, mix: tuple[int, ...], price: float) -> list[int]:
+    def counts(self, mix: tuple[int, ...], price: float) -> tuple[int, ...]:
         """Columns of each plane count of `mix`, lowest first, when a stored bit costs `price`.
 
         A column takes p planes rather than the next lower q where damage * (D[q] - D[p]) is more
@@ -255,9 +257,9 @@ class _Layer:
             above = self.k - bisect.bisect_left(self.rising, threshold)
             ends.append(max(0, self.k - math.ceil(above / _STEP) * _STEP))
         ends.append(self.k)
-        return [end - start for start, end in itertools.pairwise([0, *ends])]
+        return tuple(end - start for start, end in itertools.pairwise([0, *ends]))
 
-    def tiers(self, mix: tuple[int, ...], counts: list[int]) -> tuple[Tier, ...]:
+    def tiers(self, mix: tuple[int, ...], counts: tuple[int, ...]) -> tuple[Tier, ...]:
         of_planes = [0] * len(DISTORTION)
         for planes, count in zip(mix, counts, strict=True):
             of_planes[planes] = count
@@ -266,6 +268,11 @@ class _Layer:
     def choice(self, mix: tuple[int, ...], price: float) -> _Choice:
         """The best of one mix at a price; some of its tiers may stay empty."""
         counts = self.counts(mix, price)
+        if (mix, counts) not in self.known:
+            self.known[mix, counts] = self._chosen(mix, counts)
+        return self.known[mix, counts]
+
+    def _chosen(self, mix: tuple[int, ...], counts: tuple[int, ...]) -> _Choice:
         ends = [0, *itertools.accumulate(counts)]
         left = sum(
             self.kept[p] * (self.summed[end] - self.summed[start])
@@ -377,7 +384,7 @@ def discounted(nats: float, depth: float) -> float:
     """What nats lost by a layer alone count in a reconstructed model, up to a common factor.
 
     Every block is aimed at the original output given its own inputs, so that it makes up for some
-    of what the blocks before it lose, and the first have most behind them: docs/methods.md.
+    of what the blocks before it lose, and the first have most behind them: docs/experiments.md.
     """
     return nats * math.sqrt(depth - FULL_DISCOUNT)
 

@@ -1,4 +1,4 @@
-"""Causal attention on CPUs as products of matrices, for training and calibration."""
+"""Causal attention on CPUs, for training and calibration: as products of matrices, or of tiles."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from pbq_kernels.attention import attention_back, has_tiles
 
 # Queries taken together, with all keys up to the last of them: few enough that little is computed
 # for later tokens and that what they make stays in a CPU's cache.
@@ -36,20 +38,21 @@ def attention_as(change: Callable[[Attention], Attention]) -> Iterator[None]:
 def fast_attention() -> Iterator[None]:
     """Whole texts in bfloat16 on a CPU are attended to in a third of the time that torch takes.
 
-    With AMX torch is faster: 4.6 ms where this takes 12.8 for 1,024 tokens, 9 heads of 64, and 28
-    where it takes 40 with gradients. There it is left to torch.
-    Masks, caches, dropout and other dtypes are left to torch. Not for what is scored: weights are
-    rounded to bfloat16 before they are exponentiated, as in transformers' "eager", which moves the
-    logits of a bfloat16 model by a fraction of what bfloat16 does.
+    With AMX torch takes 4.6 ms for 1,024 tokens, 9 heads of 64, but 20 for their gradients: there
+    these alone are made here, in 5. Masks, caches, dropout and other dtypes are left to torch.
+    Not for what is scored: without AMX weights are rounded to bfloat16 before they are
+    exponentiated, as in transformers' "eager", which moves the logits of a bfloat16 model by a
+    fraction of what bfloat16 does.
     """
 
     def instead_of(usual: Attention) -> Attention:
         def attend(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **more: Any
         ) -> tuple[Tensor, Tensor | None]:
-            if _plain(module, query, key, mask, more):
-                return causal(query, key, value, more.get("scaling")).transpose(1, 2), None
-            return usual(module, query, key, value, mask, **more)
+            ours = _ours(query, key, value) if _plain(module, query, key, mask, more) else None
+            if ours is None:
+                return usual(module, query, key, value, mask, **more)
+            return ours(query, key, value, more.get("scaling")).transpose(1, 2), None
 
         return attend
 
@@ -68,18 +71,58 @@ def _plain(module: nn.Module, query: Tensor, key: Tensor, mask: Any, more: dict[
         and query.shape[2] == key.shape[2] > 1
         and query.device.type == "cpu"
         and query.dtype == torch.bfloat16
-        and _ours_is_faster()
     )
 
 
-@cache
-def _ours_is_faster() -> bool:
-    """Where a CPU multiplies bfloat16, but without tiles (AMX), which torch's own makes use of.
+def _ours(query: Tensor, key: Tensor, value: Tensor) -> Callable[..., Tensor] | None:
+    """What is faster on this CPU than torch's own, if anything is."""
+    if not _torch_has_tiles():
+        # CPUs that do not multiply bfloat16 go by way of float32, or one number after the other
+        return causal if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    alike = query.shape[-1] == value.shape[-1]
+    return causal_by_tiles if trained and alike and has_tiles() and _torch_tells_sums() else None
 
-    Others multiply such matrices by way of float32, or one number after the other.
-    """
-    tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and not tiles()
+
+@cache
+def _torch_has_tiles() -> bool:
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+@cache
+def _torch_tells_sums() -> bool:
+    """Has torch the attention that `causal_by_tiles` starts with?"""
+    return hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+
+
+def causal_by_tiles(
+    query: Float[Tensor, "b h L d"],
+    key: Float[Tensor, "b g L d"],
+    value: Float[Tensor, "b g L d"],
+    scaling: float | None = None,
+) -> Float[Tensor, "b h L d"]:
+    """`causal` as torch makes it where there is AMX, with gradients of attention.c."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = _Tiled.apply(query, key, value, scaling)
+    assert isinstance(out, Tensor)
+    return out
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, sums = attend(query, key, value, 0.0, True, scale=scaling)
+        ctx.save_for_backward(query, key, value, out, sums)
+        ctx.scaling = scaling
+        assert isinstance(out, Tensor)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, sums = ctx.saved_tensors
+        found = attention_back(query, key, value, out, sums, gradient, ctx.scaling)
+        return *found, None
 
 
 def causal(

@@ -18,7 +18,7 @@ from pbq.calibrate import evenly
 from pbq.config import QuantConfig
 from pbq.errors import NumericalError
 from pbq.experts import find_experts
-from pbq.hessian import Hessian
+from pbq.hessian import Hessian, products_of
 from pbq.importance import token_importance
 from pbq.models import (
     Call,
@@ -155,6 +155,7 @@ def _hessians(
         with watch(block, list(linears)) as seen:
             y, counts = token_importance(block, linears, call, hidden, generator)
         outputs.append(y)
-        for name, x in seen.items():
-            H[name].update(x.float().flatten(0, -2) * counts[name].sqrt()[:, None])
+        with products_of(hidden.dtype):
+            for name, x in seen.items():
+                H[name].update(x.float().flatten(0, -2) * counts[name].sqrt()[:, None])
     return {name: found.mean() for name, found in H.items()}, outputs

@@ -160,6 +160,10 @@ def _declare(library: ctypes.CDLL) -> None:
         *(pointer, pointer, wide, wide, ctypes.c_float, pointer, pointer, pointer, integer)
     ]
     library.pbq_divergence.restype = None
+    library.pbq_attention_back.argtypes = [
+        *(pointer, pointer, pointer, pointer, ctypes.c_float),
+        *(pointer, pointer, pointer, integer),
+    ]
     for function in (library.pbq_levels, library.pbq_levels_gradient):
         function.argtypes = [*(pointer, pointer, pointer, wide, wide, integer, pointer, integer)]
         function.restype = None

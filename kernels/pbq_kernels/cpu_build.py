@@ -21,11 +21,12 @@ SOURCE = Path(__file__).with_name("cpu.c")
 SOURCES = {
     SOURCE: (),
     SOURCE.with_name("products.c"): (),
+    SOURCE.with_name("attention.c"): (),
     SOURCE.with_name("levels.c"): (),
     SOURCE.with_name("divergence.c"): ("-fno-trapping-math",),
     SOURCE.with_name("trellis.c"): ("-ffinite-math-only", "-fno-signed-zeros"),
 }
-HEADER = SOURCE.with_name("weight.h")
+HEADERS = SOURCE.with_name("weight.h"), SOURCE.with_name("tiles.h")
 LIBRARY = Path(__file__).with_name("_cpu.so")
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fvisibility=hidden")
 
@@ -36,7 +37,7 @@ class BuildError(RuntimeError):
 
 def source_hash() -> str:
     """Identifies the sources: 16 hex digits. Built into the library, so a stale one is noticed."""
-    text = b"".join(source.read_bytes() for source in (HEADER, *SOURCES))
+    text = b"".join(source.read_bytes() for source in (*HEADERS, *SOURCES))
     return hashlib.sha256(text).hexdigest()[:16]
 
 

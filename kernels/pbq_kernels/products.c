@@ -11,18 +11,15 @@
  * token, or the decoded weights in x's, which takes some for each row: whatever is less. A sum goes
  * through its columns in this order, whatever the threads and the tokens beside it.
  */
-#include "weight.h"
+#include "tiles.h"
 
-enum { NO_UNIT, DOTS, TILES }; /* mirrors UNITS in cpu.py */
-
-#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#ifdef HAS_UNITS
 
 #ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
-#define SIDE 16             /* rows, tokens and pairs of columns of a block */
 #define BLOCK (SIDE * WORD) /* numbers in it */
 #define ROWS 32             /* multiplied at once: two blocks */
 #define TOKENS 32           /* the same */
@@ -30,10 +27,6 @@ enum { NO_UNIT, DOTS, TILES }; /* mirrors UNITS in cpu.py */
 #define PANEL (384 * 1024)  /* weights, decoded at once: they stay in the second cache */
 #define MOST_LEVELS 16      /* of a row, that registers have room for */
 #define ROWS_A_TOKEN 3      /* as many are reordered in the time of a token */
-
-#define AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
-#define VECTOR __attribute__((target(AVX512 ",avx512vbmi2,avx512bf16")))
-#define AMX __attribute__((target(AVX512 ",amx-tile,amx-bf16")))
 
 typedef struct {
   int own;               /* weights are put in x's order, not x in theirs */
@@ -375,27 +368,6 @@ static AMX void tiles(int T, int words, const uint16_t *x, int64_t x_step, const
   if (T == 1) return;
   _tile_stored(2, sum + SIDE * ROWS, sums);
   _tile_stored(3, sum + SIDE * ROWS + SIDE, sums);
-}
-
-typedef struct {
-  uint8_t palette, start, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-} TileConfig;
-
-/* Of this thread, which had *before: others that use tiles may rely on what they set. */
-static AMX void configure_tiles(TileConfig *before) {
-  static const TileConfig all = {.palette = 1,
-                                 .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64},
-                                 .rows = {SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE}};
-  _tile_storeconfig(before);
-  __asm__ volatile("" ::"r"(before) : "memory"); /* a compiler may take it for 8 bytes */
-  _tile_loadconfig(&all);
-}
-
-static AMX void restore_tiles(const TileConfig *before) {
-  __asm__ volatile("" ::"r"(before) : "memory");
-  _tile_loadconfig(before);
 }
 
 /* Sums of up to 32 tokens into rows [row, row + 32) of y, as many as there are. */
