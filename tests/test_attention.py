@@ -7,7 +7,11 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pbq import attention
-from pbq.attention import QUERIES, causal, fast_attention
+from pbq.attention import QUERIES, causal, causal_by_tiles, fast_attention
+from pbq_kernels.attention import has_tiles
+
+# before a fixture replaces it
+OURS = attention._ours
 
 # batch, heads, heads of keys, tokens, width, width of values
 SHAPES = [
@@ -102,7 +106,7 @@ def called(monkeypatch, dtype=torch.bfloat16, mask=None, keys=None, module=None,
 @pytest.fixture(autouse=True)
 def multiplies(monkeypatch):
     """Whatever this machine has: torch multiplies bfloat16 everywhere, if slowly."""
-    monkeypatch.setattr(attention, "_ours_is_faster", lambda: True)
+    monkeypatch.setattr(attention, "_ours", lambda *x: attention.causal)
 
 
 def test_a_model_gets_what_it_would_have_got(monkeypatch):
@@ -137,8 +141,47 @@ def test_attention_that_is_not_causal_is_left_to_torch(monkeypatch):
 
 
 def test_a_machine_where_torch_is_faster_is_left_to_it(monkeypatch):
-    monkeypatch.setattr(attention, "_ours_is_faster", lambda: False)
+    monkeypatch.setattr(attention, "_ours", lambda *x: None)
     assert not called(monkeypatch)[0]
+
+
+@pytest.mark.parametrize(
+    ("tiles", "compiled", "trained", "widths", "wanted"),
+    [
+        (False, True, True, (8, 8), "causal"),
+        (False, True, False, (8, 16), "causal"),
+        (True, True, True, (8, 8), "causal_by_tiles"),
+        (True, True, False, (8, 8), None),
+        (True, True, True, (8, 16), None),
+        (True, False, True, (8, 8), None),
+    ],
+)
+def test_what_is_fastest_is_chosen(tiles, compiled, trained, widths, wanted, monkeypatch):
+    monkeypatch.setattr(attention, "_torch_has_tiles", lambda: tiles)
+    monkeypatch.setattr(attention, "has_tiles", lambda: compiled)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    (query, key, value), _ = inputs((1, 4, 2, 40, *widths), torch.bfloat16)
+    with torch.set_grad_enabled(trained):
+        found = OURS(query, key, value)
+    assert found is (wanted and getattr(attention, wanted))
+
+
+@pytest.mark.skipif(not has_tiles(), reason="no CPU with AMX, or nothing compiled")
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[4] == s[5]])
+def test_by_tiles_values_are_torchs_and_gradients_nearer_to_the_truth(shape):
+    x, back = inputs(shape, torch.bfloat16)
+    exact = [each.detach().double().requires_grad_() for each in x]
+    wanted = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
+    torchs = F.scaled_dot_product_attention(*x, is_causal=True, enable_gqa=True)
+    found = causal_by_tiles(*x)
+    assert found.equal(torchs)
+    for ours, theirs, true in zip(
+        torch.autograd.grad(found, x, back),
+        torch.autograd.grad(torchs, x, back),
+        torch.autograd.grad(wanted, exact, back.double()),
+        strict=True,
+    ):
+        assert relative(ours, true) < 1.05 * relative(theirs, true) + 1e-4
 
 
 def test_it_ends_with_an_error_too():

@@ -15,8 +15,8 @@
 
 #define KEYS 64 /* of a square; both are multiples of 32 */
 #define QUERIES 64
-#define PAIRS (SIDE * 2)        /* 16-bit numbers in a row of a tile */
-#define BLOCK (SIDE * PAIRS)    /* and in a tile */
+#define PAIRS (SIDE * 2)     /* 16-bit numbers in a row of a tile */
+#define BLOCK (SIDE * PAIRS) /* and in a tile */
 #define ALIGNED(x, to) (((x) + (to) - 1) / (to) * (to))
 
 /* bfloat16 [batch, heads, tokens, width], by steps between them in numbers; the last is 1. */
@@ -89,21 +89,14 @@ static VECTOR void transpose(const uint16_t *x, int64_t rows, int64_t columns, u
     }
 }
 
-/* Of 32 numbers the first and the 17th, the second and the 18th, ... */
-INLINE VECTOR __m512i halves_in_turn(__m512i x) {
-  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i high = _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(SIDE)), 16);
-  return _mm512_permutexvar_epi16(_mm512_or_si512(low, high), x);
-}
-
 static VECTOR void pairs_of_rows(const uint16_t *x, int64_t rows, int64_t columns, uint16_t *to) {
   for (int64_t row = 0; row < rows; row += PAIRS)
     for (int64_t c = 0; c < columns; c += SIDE)
       for (int64_t r = row; r < row + PAIRS; r += 2, to += PAIRS) {
         const __m256i one = _mm256_loadu_si256((const __m256i *)(x + r * columns + c));
         const __m256i next = _mm256_loadu_si256((const __m256i *)(x + (r + 1) * columns + c));
-        _mm512_storeu_si512(
-            to, halves_in_turn(_mm512_inserti64x4(_mm512_castsi256_si512(one), next, 1)));
+        const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(one), next, 1);
+        _mm512_storeu_si512(to, _mm512_permutexvar_epi16(side_by_side(), both));
       }
 }
 
@@ -227,7 +220,8 @@ static VECTOR void weigh(const Head *h, float scale, int64_t first_query, int64_
       _mm256_storeu_si256((__m256i *)(h->by_score + one), _mm512_castsi512_si256(by_score));
       _mm256_storeu_si256((__m256i *)(h->by_score + next), _mm512_extracti64x4_epi64(by_score, 1));
       uint16_t *tile = h->by_score_pairs + (key / PAIRS * (QUERIES / SIDE) + q / SIDE) * BLOCK;
-      _mm512_storeu_si512(tile + key % PAIRS / 2 * PAIRS, halves_in_turn(by_score));
+      _mm512_storeu_si512(tile + key % PAIRS / 2 * PAIRS,
+                          _mm512_permutexvar_epi16(side_by_side(), by_score));
     }
 }
 

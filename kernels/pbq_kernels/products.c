@@ -13,12 +13,10 @@
  */
 #include "tiles.h"
 
-#ifdef HAS_UNITS
+/* The best unit of this machine. */
+EXPORT int pbq_unit(void) { return best_unit(); }
 
-#ifdef __linux__
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#ifdef HAS_UNITS
 
 #define BLOCK (SIDE * WORD) /* numbers in it */
 #define ROWS 32             /* multiplied at once: two blocks */
@@ -42,13 +40,6 @@ typedef struct {
   uint16_t *weight;      /* [threads][panel / ROWS][words][2][SIDE pairs][SIDE rows][2] */
   float *sum;            /* [threads][TOKENS][ROWS] */
 } Buffers;
-
-/* 0, 16, 1, 17, ...: columns c and c + 16 side by side, as their bits are. */
-INLINE VECTOR __m512i side_by_side(void) {
-  const __m512i low =
-      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16));
-}
 
 /* A group of zeros adds nothing, unless an overlay replaces some of them. */
 INLINE int is_multiplied(const Weight *w, const Group *g) {
@@ -463,30 +454,6 @@ static void find_places(const Weight *w, Buffers *b) {
   }
 }
 
-/* Whether the kernel lets this process use tiles, which it must ask for. */
-static int may_use_tiles(void) {
-#ifdef __linux__
-  enum { ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18 };
-  return !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA);
-#else
-  return 0;
-#endif
-}
-
-/* The best unit of this machine. */
-EXPORT int pbq_unit(void) {
-  static int found = -1; /* a hypervisor takes microseconds to answer cpuid */
-  unsigned a, b, c, d;
-  if (found >= 0) return found;
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq") ||
-      !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vbmi2") ||
-      !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1))
-    return found = NO_UNIT;
-  const int amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 24 & 1 && d >> 22 & 1;
-  return found = amx && may_use_tiles() ? TILES : DOTS;
-}
-
 /* Bytes of `scratch` that pbq_product takes. */
 EXPORT int64_t pbq_product_scratch(const Weight *w, int64_t m, int threads) {
   Buffers b;
@@ -516,8 +483,6 @@ EXPORT void pbq_product(const Weight *w, int unit, const uint16_t *x, int64_t m,
 }
 
 #else
-
-EXPORT int pbq_unit(void) { return NO_UNIT; }
 
 EXPORT int64_t pbq_product_scratch(const Weight *w, int64_t m, int threads) {
   (void)w, (void)m, (void)threads;

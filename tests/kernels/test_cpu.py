@@ -21,6 +21,7 @@ from torch import Tensor
 
 import pbq_kernels
 from pbq_kernels import PackedFormatError, PackedWeight, Tier, WeightLayout, cpu, cpu_build
+from pbq_kernels.attention import has_tiles
 from pbq_kernels.cpu import CpuBackend, LibraryError, load_library, repack, variants
 from pbq_kernels.reference import dequantize
 from pbq_kernels.trellis import POLYNOMIALS
@@ -611,7 +612,11 @@ def with_products(source: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name, least", [("cpu", 270), ("levels", 20), ("trellis", 60), ("divergence", 20)]
+    "name, least",
+    [
+        *(("cpu", 270), ("levels", 20), ("trellis", 60), ("divergence", 20)),
+        ("attention", 15 * has_tiles()),
+    ],
 )
 def test_sanitizers(tmp_path: Path, name: str, least: int) -> None:
     """The kernels over exactly sized buffers, built with -fsanitize=address,undefined."""
