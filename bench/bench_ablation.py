@@ -30,7 +30,7 @@ from torch import Tensor
 from pbq.allocate import LayerPlan, PlanInput, most_columns, tiers_of
 from pbq.config import QuantConfig
 from pbq.grid import Grid, TrellisGrid, stored
-from pbq.methods.waterfill import Waterfill
+from pbq.methods.waterfill import MEMORY, Waterfill
 from pbq.tune import Recipe
 from pbq_kernels.layout import Tier
 
@@ -110,7 +110,7 @@ def _unfitted(W: Tensor, tier: Tier) -> Grid:
 
 def method(config: QuantConfig) -> Ablated:
     row = os.environ.get(ROW, ALL)
-    return dataclasses.replace(Ablated(row=row), **METHODS.get(row, {}))
+    return dataclasses.replace(Ablated(MEMORY[config.effort], row=row), **METHODS.get(row, {}))
 
 
 def measure(row: str) -> dict[str, object]:
