@@ -242,7 +242,7 @@ class _Layer:
 
     @property
     def k(self) -> int:
-        return len(self.order)
+        return len(self.rising)
 
     def counts(self, mix: tuple[int, ...], price: float) -> tuple[int, ...]:
         """Columns of each plane count of `mix`, lowest first, when a stored bit costs `price`.

@@ -181,7 +181,7 @@ static AMX void multiply(const uint16_t *a, int64_t a_row, const uint16_t *b, in
     }
 }
 
-/* e**x, within some units of the last place; 0 far below 0, no number where x is none. */
+/* e**x, within some units of the last place; e**-100 below, no number where x is none. */
 INLINE VECTOR __m512 exponential(__m512 x) {
   const __m512 y = _mm512_max_ps(_mm512_set1_ps(-100), x); /* x where it is no number */
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(y, _mm512_set1_ps(1.44269504f)), 0);

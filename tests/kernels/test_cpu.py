@@ -624,7 +624,7 @@ def test_sanitizers(tmp_path: Path, name: str, least: int) -> None:
         compiler = cpu_build.compiler()
     except cpu_build.BuildError as error:
         pytest.skip(str(error))
-    flags = "-g -O1 -std=gnu11 -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all"
+    flags = "-g1 -Og -std=gnu11 -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all"
     program = tmp_path / f"{name}_sanitize"
     source = Path(__file__).with_name(f"{name}_sanitize.c")
     folder = f"-I{cpu_build.SOURCE.parent}"
