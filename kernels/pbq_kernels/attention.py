@@ -36,11 +36,10 @@ def attention_back(
     out. bfloat16 on the CPU, for where `has_tiles`. Raises ValueError where shapes do not fit.
     """
     (b, h, length, d), g = query.shape, key.shape[1]
-    # out may be a view, as models make them; sums, too
-    wanted = [*(query.shape, (b, g, length, d), (b, g, length, d), query.shape), query.shape]
-    given = [query, key, value, out, back]
-    if [tuple(x.shape) for x in given] != [tuple(w) for w in wanted] or h % g or not query.numel():
-        raise ValueError(f"attention: {[tuple(x.shape) for x in given]} do not fit")
+    given, of_query, of_key = [query, key, value, out, back], (b, h, length, d), (b, g, length, d)
+    shapes = [tuple(x.shape) for x in given]
+    if shapes != [of_query, of_key, of_key, of_query, of_query] or h % g or not query.numel():
+        raise ValueError(f"attention: {shapes} do not fit")
     if sums.shape != query.shape[:3]:
         raise ValueError(f"sums: {tuple(sums.shape)}, of {tuple(query.shape)}")
     on_cpu = all(x.device.type == "cpu" and x.dtype == torch.bfloat16 for x in given)
