@@ -37,7 +37,7 @@ def main(out: Path) -> None:
     console = Console()
     console.stage("demo model", None)
     model = demo_model()
-    config = QuantConfig(bits=1.61, method="ptq161", effort="fast", nsamples=64, seqlen=256)
+    config = QuantConfig(bits=1.61, effort="fast", nsamples=64, seqlen=256)
     report = quantize(
         str(model),
         out,
