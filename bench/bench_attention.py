@@ -6,9 +6,9 @@ python bench/bench_attention.py [TOKENS HEADS HEADS_OF_KEYS WIDTH]
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
+from timeit import timeit
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,6 @@ from pbq.attention import causal, causal_by_tiles
 from pbq_kernels.attention import has_tiles
 
 ROUNDS = 30
-
-
-def seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 def main() -> None:
@@ -47,7 +41,7 @@ def main() -> None:
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(ROUNDS):
         for name, run in runs.items():
-            best[name] = min(best[name], seconds(run))
+            best[name] = min(best[name], timeit(run, number=1))
     print(
         f"{torch.get_num_threads()} threads, {tokens} tokens, {heads} heads of {width} over {keys}"
     )

@@ -6,9 +6,9 @@ python bench/bench_divergence.py [VOCABULARY]
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
+from timeit import repeat
 
 import torch
 
@@ -18,12 +18,7 @@ TOKENS = 1024
 
 
 def milliseconds(run: Callable[[], object]) -> float:
-    best = float("inf")
-    for _ in range(10):
-        started = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - started)
-    return best * 1e3
+    return min(repeat(run, number=1, repeat=10)) * 1e3
 
 
 def main() -> None:

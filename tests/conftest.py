@@ -6,6 +6,7 @@ once a session: copy it before changing it), `random_packed(n, k, tiers, ...)` a
 random bits. `packed_model(name)` is a tiny model with such weights in every block linear,
 `packed_checkpoint(name)` the directory it was saved to, tokenizer included (copy before changing);
 `packed_with_everything` one of a single block with every kind of tensor and a product of factors.
+`with_any_threads(call)` is what a call finds with few threads and with more.
 `text` is a short file and `source` the tiny Llama, for runs of a second.
 `shared_data` is the folder of real text, `real_gguf` a real small model; both skip when absent.
 """
@@ -17,6 +18,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 # Before transformers is imported: no test may wait for a hub that cannot be reached.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -53,6 +55,26 @@ LONG = ("test_real.py", "test_ranks.py", "test_reliability.py", "test_generation
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)
+
+
+Found = TypeVar("Found")
+
+
+@pytest.fixture(scope="session")
+def with_any_threads() -> Callable[[Callable[[], Found]], list[Found]]:
+    """What a call finds with 1, 2 and 5 of torch's threads."""
+
+    def find(call: Callable[[], Found]) -> list[Found]:
+        before, found = torch.get_num_threads(), []
+        try:
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                found.append(call())
+        finally:
+            torch.set_num_threads(before)
+        return found
+
+    return find
 
 
 VOCABULARY = 272

@@ -106,7 +106,7 @@ def test_each_step_of_the_reconstruction_earns_its_place(first_blocks: Path, man
 def test_a_real_model_keeps_the_promise_of_its_bits(
     first_blocks: Path, manual: Path, tmp_path: Path
 ) -> None:
-    config = QuantConfig(calib=str(manual), nsamples=8, seqlen=128, effort="fast", distil_steps=12)
+    config = QuantConfig(calib=str(manual), nsamples=8, seqlen=128, effort="fast", distil_steps=64)
     out = tmp_path / "out"
     report = quantize(str(first_blocks), out, config, ppl_text=manual, ppl_windows=1)
     layouts = read_layers(out)
@@ -133,8 +133,7 @@ def test_a_real_model_keeps_the_promise_of_its_bits(
     # two blocks alone predict nothing: their likeness to the original counts, not the perplexity
     assert math.isfinite(report.after.ppl)
     assert report.distillation is not None
-    # by 3 to 13 %, as the last bits fall
-    assert report.distillation["after"] < 0.98 * report.distillation["before"]
+    assert report.distillation["after"] < 0.9 * report.distillation["before"]
     model = AutoModelForCausalLM.from_pretrained(out)
     ids = torch.arange(100, 140)[None]
     assert torch.isfinite(model(ids).logits).all()

@@ -65,8 +65,7 @@ static VECTOR void copy_rows(const Attention *a, Input x, int64_t batch, int64_t
 
 /* Pair `pair` of columns of 16 rows: of each row one 32-bit number. */
 INLINE VECTOR __m512i column_pair(const uint16_t *x, int64_t columns, int64_t row, int64_t pair) {
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i at = _mm512_mullo_epi32(lane, _mm512_set1_epi32((int)(columns / 2)));
+  const __m512i at = _mm512_mullo_epi32(lanes(), _mm512_set1_epi32((int)(columns / 2)));
   return _mm512_i32gather_epi32(at, (const int *)(x + row * columns) + pair, 4);
 }
 
@@ -197,7 +196,6 @@ INLINE VECTOR __m512 exponential(__m512 x) {
 
 /* Of a square: P and D. The first query is `ahead` tokens behind the first key. */
 static VECTOR void weigh(const Head *h, float scale, int64_t first_query, int64_t ahead) {
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   for (int64_t key = 0; key < KEYS; key += 2)
     for (int64_t q = 0; q < QUERIES; q += SIDE) {
       const __m512 sums = _mm512_loadu_ps(h->sums + first_query + q);
@@ -206,7 +204,7 @@ static VECTOR void weigh(const Head *h, float scale, int64_t first_query, int64_
       for (int i = 0; i < 2; i++) {
         const int64_t at = (key + i) * QUERIES + q, seen = key + i - ahead - q;
         /* by queries no earlier than the key */
-        const __mmask16 some = _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32((int)seen));
+        const __mmask16 some = _mm512_cmpge_epi32_mask(lanes(), _mm512_set1_epi32((int)seen));
         const __m512 score = _mm512_loadu_ps(h->scores + at), by = _mm512_loadu_ps(h->by_weight + at);
         p[i] = _mm512_maskz_mov_ps(
             some, exponential(_mm512_fmsub_ps(score, _mm512_set1_ps(scale), sums)));
@@ -250,8 +248,7 @@ static void run_head(const Attention *a, const Head *h, float *by_key, float *by
 
 /* [tokens][width] of a transposed by_query [d][rows]. */
 static VECTOR void store_query(const Attention *a, const float *from, uint16_t *to) {
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i at = _mm512_mullo_epi32(lane, _mm512_set1_epi32((int)a->rows));
+  const __m512i at = _mm512_mullo_epi32(lanes(), _mm512_set1_epi32((int)a->rows));
   for (int64_t t = 0; t < a->tokens; t++)
     for (int64_t c = 0; c < a->width; c += SIDE) {
       const __m512 x = _mm512_i32gather_ps(at, from + c * a->rows + t, 4);

@@ -20,11 +20,14 @@ enum { NO_UNIT, DOTS, TILES }; /* mirrors UNITS in cpu.py */
 #define VECTOR __attribute__((target(AVX512 ",avx512vbmi2,avx512bf16")))
 #define AMX __attribute__((target(AVX512 ",amx-tile,amx-bf16")))
 
+INLINE VECTOR __m512i lanes(void) {
+  return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
 /* 0, 16, 1, 17, ...: where the halves of 32 numbers lie side by side. */
 INLINE VECTOR __m512i side_by_side(void) {
-  const __m512i low =
-      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16));
+  const __m512i high = _mm512_add_epi32(lanes(), _mm512_set1_epi32(16));
+  return _mm512_or_si512(lanes(), _mm512_slli_epi32(high, 16));
 }
 
 typedef struct {

@@ -76,15 +76,9 @@ def test_steps_between_tokens_do_not_matter():
 
 
 @needs_tiles
-def test_results_do_not_depend_on_the_threads():
+def test_results_do_not_depend_on_the_threads(with_any_threads):
     given, _ = problem((1, 9, 3, 200, 64), torch.bfloat16)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            found.append(attention_back(*given, 0.2))
-    finally:
-        torch.set_num_threads(before)
+    found = with_any_threads(lambda: attention_back(*given, 0.2))
     assert all(all(map(torch.equal, found[0], other)) for other in found[1:])
 
 

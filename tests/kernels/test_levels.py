@@ -47,20 +47,14 @@ def test_a_gradient_may_lie_in_memory_as_it_likes():
     assert torch.equal(found, levels.gradients(position, tier_of, gradient, 3))
 
 
-def test_results_do_not_depend_on_the_threads():
+def test_results_do_not_depend_on_the_threads(with_any_threads):
     position, tier_of, scale, gradient = made(257, 385, 5)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            found.append(
-                (
-                    levels.weights(position, tier_of, scale),
-                    levels.gradients(position, tier_of, gradient, 5),
-                )
-            )
-    finally:
-        torch.set_num_threads(before)
+    found = with_any_threads(
+        lambda: (
+            levels.weights(position, tier_of, scale),
+            levels.gradients(position, tier_of, gradient, 5),
+        )
+    )
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
 
