@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -55,6 +55,16 @@ LONG = ("test_real.py", "test_ranks.py", "test_reliability.py", "test_generation
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def report_without_figures() -> Iterator[None]:
+    """Drawing them takes longer than a tiny run. tests/test_html_report.py draws them."""
+    from pbq import html_report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(html_report, "_figures", lambda report: ({}, html_report.NO_PLOTS))
+        yield
 
 
 Found = TypeVar("Found")
