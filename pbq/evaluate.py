@@ -464,7 +464,7 @@ def _task_manager(names: Sequence[str]) -> TaskManager:
     try:
         import lm_eval.tasks
     except ImportError as error:
-        raise UsageError(f"--tasks needs lm-eval ({error}): pip install 'pbq[eval]'") from error
+        raise UsageError(f"--tasks needs lm-eval ({error}): pip install 'pbq-llm[eval]'") from error
 
     root = Path(lm_eval.tasks.__file__).parent
     if all(name in LOCAL_TASKS for name in names):

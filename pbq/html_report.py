@@ -18,7 +18,7 @@ from pbq.forecast import duration
 
 log = logging.getLogger(__name__)
 
-NO_PLOTS = "Figures need matplotlib: pip install 'pbq[report]', then pbq report OUT."
+NO_PLOTS = "Figures need matplotlib: pip install 'pbq-llm[report]', then pbq report OUT."
 
 
 def write(out: Path | str) -> Path:
@@ -63,7 +63,7 @@ def _figures(report: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     try:
         drawn = plots.draw_all(report)
     except ImportError:
-        log.info("report.html has no figures: pip install 'pbq[report]', then `pbq report`")
+        log.info("report.html has no figures: pip install 'pbq-llm[report]', then `pbq report`")
         return {}, NO_PLOTS
     return {name: Markup(svg) for name, svg in drawn.items()}, ""
 

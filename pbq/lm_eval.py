@@ -18,7 +18,7 @@ def main() -> None:
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError as error:
-        sys.exit(f"lm-eval is not installed ({error}): pip install 'pbq[eval]'")
+        sys.exit(f"lm-eval is not installed ({error}): pip install 'pbq-llm[eval]'")
     cli_evaluate()
 
 

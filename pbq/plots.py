@@ -1,8 +1,8 @@
 """The figures of report.html, as SVG that takes its colours and fonts from the page around it.
 
-matplotlib is an optional dependency (`pip install 'pbq[report]'`): it is imported when a figure is
-drawn, and without it the page says so. Every function takes report.json as a dict and returns the
-SVG, or None where the run has nothing to draw.
+matplotlib is an optional dependency (`pip install 'pbq-llm[report]'`): it is imported when a
+figure is drawn, and without it the page says so. Every function takes report.json as a dict and
+returns the SVG, or None where the run has nothing to draw.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def _peft() -> Any:
         import peft
     except ImportError as error:
         raise UsageError(
-            f"--preprocess needs peft ({error}): pip install 'pbq[preprocess]'"
+            f"--preprocess needs peft ({error}): pip install 'pbq-llm[preprocess]'"
         ) from error
     return peft
 

@@ -90,7 +90,7 @@ def _gguf_file(source: str, path: Path) -> Source:
     try:
         import gguf  # noqa: F401
     except ImportError:
-        raise ModelError(f"{source}: reading GGUF needs `pip install pbq[gguf]`") from None
+        raise ModelError(f"{source}: reading GGUF needs `pip install 'pbq-llm[gguf]'`") from None
     log.warning("%s was already quantized: what that lost is lost here too", source)
     return Source(source, path.parent, path.name)
 

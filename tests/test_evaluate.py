@@ -612,7 +612,7 @@ def test_group_is_scored_with_its_members(
 
 def test_lm_eval_not_installed(monkeypatch: pytest.MonkeyPatch, data_dir: Path) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(UsageError, match=r"pip install 'pbq\[eval\]'"):
+    with pytest.raises(UsageError, match=r"pip install 'pbq-llm\[eval\]'"):
         resolve_tasks(["piqa"], data_dir)
 
 
@@ -695,5 +695,5 @@ def test_command_line_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
     from pbq import lm_eval as command
 
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
-    with pytest.raises(SystemExit, match=r"pip install 'pbq\[eval\]'"):
+    with pytest.raises(SystemExit, match=r"pip install 'pbq-llm\[eval\]'"):
         command.main()

@@ -139,6 +139,6 @@ def test_without_peft_it_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     asked = config(text, preprocess=str(packed))
-    with pytest.raises(UsageError, match=r"pip install 'pbq\[preprocess\]'"):
+    with pytest.raises(UsageError, match=r"pip install 'pbq-llm\[preprocess\]'"):
         pipeline.quantize(str(source), tmp_path / "new", asked)
     assert not (tmp_path / "new").exists()

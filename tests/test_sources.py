@@ -73,7 +73,7 @@ def test_a_gguf_file(
     assert found.file_argument == {"gguf_file": file.name}
     assert found.loading_arguments()["quantization_config"].dequantize
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert "pip install pbq[gguf]" in refusal(file)
+    assert "pip install 'pbq-llm[gguf]'" in refusal(file)
 
 
 # --- on the hub --------------------------------------------------------------------------------
