@@ -47,11 +47,17 @@ def fast_attention() -> Iterator[None]:
 
     def instead_of(usual: Attention) -> Attention:
         def attend(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **more: Any
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Any,  # by this name: some models give it as a keyword
+            **more: Any,
         ) -> tuple[Tensor, Tensor | None]:
-            ours = _ours(query, key, value) if _plain(module, query, key, mask, more) else None
+            plain = _plain(module, query, key, attention_mask, more)
+            ours = _ours(query, key, value) if plain else None
             if ours is None:
-                return usual(module, query, key, value, mask, **more)
+                return usual(module, query, key, value, attention_mask, **more)
             return ours(query, key, value, more.get("scaling")).transpose(1, 2), None
 
         return attend
@@ -77,8 +83,7 @@ def _plain(module: nn.Module, query: Tensor, key: Tensor, mask: Any, more: dict[
 def _ours(query: Tensor, key: Tensor, value: Tensor) -> Callable[..., Tensor] | None:
     """What is faster on this CPU than torch's own, if anything is."""
     if not _torch_has_tiles():
-        # CPUs that do not multiply bfloat16 go by way of float32, or one number after the other
-        return causal if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+        return causal if _multiplies_bfloat16() else None
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     alike = query.shape[-1] == value.shape[-1]
     return causal_by_tiles if trained and alike and has_tiles() and _torch_tells_sums() else None
@@ -90,9 +95,24 @@ def _torch_has_tiles() -> bool:
 
 
 @cache
+def _multiplies_bfloat16() -> bool:
+    """Or does this CPU go by way of float32, or take one number after the other?
+
+    A torch without oneDNN, as for macOS, has not even the question.
+    """
+    return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)())
+
+
+@cache
 def _torch_tells_sums() -> bool:
-    """Has torch the attention that `causal_by_tiles` starts with?"""
-    return hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+    """Has torch the attention that `causal_by_tiles` starts with?
+
+    Before 2.9 or 2.10 it took keys to have as many heads as queries, and read beyond them.
+    """
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return release >= (2, 10) and hasattr(
+        torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"
+    )
 
 
 def causal_by_tiles(
@@ -112,6 +132,10 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        # it takes numbers of a head to lie side by side, and does not look
+        query, key, value = (
+            x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)
+        )
         out, sums = attend(query, key, value, 0.0, True, scale=scaling)
         ctx.save_for_backward(query, key, value, out, sums)
         ctx.scaling = scaling

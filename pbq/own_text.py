@@ -207,12 +207,17 @@ def _attention_over_room() -> Iterator[None]:
 
     def instead_of(usual: Attention) -> Attention:
         def attend(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **more: Any
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Any,
+            **more: Any,
         ) -> tuple[Tensor, Tensor | None]:
-            plain = mask is more.get("position_bias") is more.get("softcap") is None
+            plain = attention_mask is more.get("position_bias") is more.get("softcap") is None
             if plain and query.shape[2] == 1 and hasattr(key, "whole") and hasattr(value, "whole"):
                 return _attend(query, key, value, more.get("scaling")), None
-            return usual(module, query, key, value, mask, **more)
+            return usual(module, query, key, value, attention_mask, **more)
 
         return attend
 

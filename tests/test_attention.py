@@ -8,6 +8,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pbq import attention
 from pbq.attention import QUERIES, causal, causal_by_tiles, fast_attention
+from pbq.own_text import _attention_over_room
 from pbq_kernels.attention import has_tiles
 
 # before a fixture replaces it
@@ -66,6 +67,35 @@ def test_bfloat16_is_as_near_to_the_truth_as_bfloat16_can_be(shape):
         strict=True,
     ):
         assert ours.dtype == torch.bfloat16 and relative(ours, theirs) < 0.012
+
+
+@pytest.mark.parametrize("around", [fast_attention, _attention_over_room])
+def test_a_mask_may_be_a_keyword(around):
+    """As some models of transformers give it, and all may."""
+    (query, key, value), _ = inputs((1, 2, 2, 5, 8, 8), torch.bfloat16)
+    mask = torch.zeros(1, 1, 5, 5, dtype=torch.bfloat16)
+    for given in (None, mask):
+        with around():
+            attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+            found, _ = attend(nn.Module(), query, key, value, attention_mask=given)
+        causal_mask = given is None
+        wanted = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=given, is_causal=causal_mask
+        )
+        assert relative(found, wanted.transpose(1, 2)) < 0.01
+
+
+@pytest.mark.skipif(not has_tiles(), reason="needs a CPU with tiles")
+def test_tiles_take_numbers_that_do_not_lie_side_by_side():
+    x, back = inputs((1, 6, 2, 70, 16, 16), torch.bfloat16)
+    apart = [each.detach().mT.contiguous().mT.requires_grad_() for each in x]
+    assert all(each.stride(-1) != 1 for each in apart)
+    one, other = causal_by_tiles(*x), causal_by_tiles(*apart)
+    assert torch.equal(one, other)
+    for a, b in zip(
+        torch.autograd.grad(one, x, back), torch.autograd.grad(other, apart, back), strict=True
+    ):
+        assert torch.equal(a, b)
 
 
 def test_no_token_sees_a_later_one():

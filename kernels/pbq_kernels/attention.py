@@ -48,7 +48,7 @@ def attention_back(
         raise ValueError("attention: needs bfloat16 on a CPU with tiles")
     given = [x if x.stride(-1) == 1 else x.contiguous() for x in given]
     sums = sums.float().contiguous()
-    found = tuple(torch.empty(x.shape, dtype=x.dtype) for x in given[:3])
+    found = tuple(x.new_empty(x.shape) for x in given[:3])
     steps = [step for x in given for step in x.stride()[:3]]
     failed = library.pbq_attention_back(
         (ctypes.c_void_p * 5)(*(x.data_ptr() for x in given)),

@@ -235,10 +235,12 @@ class CpuWeight:
     def stored_rows(self, rows: Tensor) -> Tensor:
         """The stored planes of rows int64 [r], uint8 [r, row_bytes]: undoes `repack`.
 
-        Raises IndexError.
+        Raises IndexError for a row that is not there, TypeError for other ids.
         """
+        if not rows.is_cpu or rows.dtype != torch.int64:
+            raise TypeError(f"rows are {rows.dtype} on {rows.device}; needed: int64 on cpu")
         row_bytes = self.whole.struct.row_bytes
-        out = torch.empty(len(rows), row_bytes, dtype=torch.uint8, device="cpu")
+        out = _empty(len(rows), row_bytes, dtype=torch.uint8)
         threads = min(torch.get_num_threads(), 1 + 8 * out.numel() // _BITS_PER_THREAD)
         rows = rows.contiguous()
         if self.library.pbq_unpack(
@@ -278,7 +280,7 @@ def repack(pw: PackedWeight, library: ctypes.CDLL, variant: int) -> CpuWeight:
     column, column_scale = _positions(pw, groups, columns_per_word)
     scale = _tiled_scales(pw, tile)
     stream = groups[-1].stream + groups[-1].stored * groups[-1].words
-    data = torch.empty(math.ceil(layout.n / tile), stream, tile, dtype=torch.int32)
+    data = _empty(math.ceil(layout.n / tile), stream, tile, dtype=torch.int32)
     struct = _Weight(
         n=layout.n,
         k=layout.k,
@@ -303,7 +305,7 @@ def repack(pw: PackedWeight, library: ctypes.CDLL, variant: int) -> CpuWeight:
     )
     bits = layout.n * sum(tier.depth * tier.columns for tier in layout.tiers)
     whole = _Part(struct, array, pw.permutation())
-    run_mask = torch.zeros(math.ceil(layout.k / 32), _MOST_RUNS, dtype=torch.int32)
+    run_mask = _empty(math.ceil(layout.k / 32), _MOST_RUNS, dtype=torch.int32).zero_()
     struct.run_mask = run_mask.data_ptr()
     struct.runs = library.pbq_runs(
         *(whole.columns.data_ptr(), layout.k, run_mask.data_ptr()),
@@ -324,7 +326,7 @@ def _add_overlay(weight: CpuWeight, pw: PackedWeight) -> None:
     rows, columns = overlay_positions(pw.layout, pw.tensors)
     delta = pw.tensors["overlay_value"].float() * pw.tensors["overlay_scale"].float()[rows]
     value = delta.bfloat16()
-    start = torch.zeros(weight.n + 1, dtype=torch.int64)
+    start = _empty(weight.n + 1, dtype=torch.int64).zero_()
     start[1:] = torch.cumsum(pw.tensors["overlay_count"], 0)
     for tile_rows, tile in _decoded_tiles(weight, weight.whole, torch.float32):
         entries = slice(int(start[tile_rows.start]), int(start[tile_rows.stop]))
@@ -396,14 +398,14 @@ def _positions(
         [
             g.first_word * _WORD + c // columns_per_word * _WORD + c % columns_per_word
             for g in groups
-            for c in [torch.arange(g.columns)]
+            for c in [torch.arange(g.columns, device="cpu")]
         ]
     )
-    column = torch.full((words * _WORD,), -1, dtype=torch.int32)
+    column = _empty(words * _WORD, dtype=torch.int32).fill_(-1)
     column[position] = pw.permutation().to(torch.int32)
     if not pw.layout.column_scale:
         return column, None
-    column_scale = torch.zeros(words * _WORD)
+    column_scale = _empty(words * _WORD, dtype=torch.float32).zero_()
     column_scale[position] = pw.tensors["column_scale"].float()[pw.permutation()]
     return column, column_scale
 
@@ -414,7 +416,7 @@ def _tiled_scales(pw: PackedWeight, tile: int) -> Tensor:
     parts = [stored_scales(pw.tensors).half()] if "scale" in pw.tensors else []
     parts += [pw.tensors["offset"]] if "offset" in pw.tensors else []
     slots = sum(part.shape[1] for part in parts)
-    padded = torch.zeros(math.ceil(n / tile) * tile, slots, dtype=torch.float16)
+    padded = _empty(math.ceil(n / tile) * tile, slots, dtype=torch.float16).zero_()
     if parts:
         padded[:n] = torch.cat(parts, 1)
     return padded.view(len(padded) // tile, tile, slots).transpose(1, 2).contiguous()
@@ -501,16 +503,17 @@ def _by_unit(weight: CpuWeight, m: int, dtype: torch.dtype) -> bool:
     """Is the CPU's unit for bfloat16 quicker than anything else?"""
     if weight.unit == "none" or dtype != torch.bfloat16:
         return False
-    if m not in weight.by_unit:
+    found = weight.by_unit.get(m)
+    if found is None:
         if len(weight.by_unit) == _MOST_CHOICES:
-            weight.by_unit.clear()
+            weight.by_unit.clear()  # another thread may be here, too
         decoding, product = _UNIT_RATES[weight.unit]
         takes = weight.n * weight.k * (1 / product + 1 / (decoding * m))
         if weight.overlay:
             takes += len(weight.overlay.delta) / (_OVERLAY_DECODING * m)
         other = _least_dense_planes(weight, m, dtype)
-        weight.by_unit[m] = takes <= _nanoseconds(weight, other, m, dtype)
-    return weight.by_unit[m]
+        weight.by_unit[m] = found = takes <= _nanoseconds(weight, other, m, dtype)
+    return found
 
 
 def _multiply_by_unit(x: Tensor, weight: CpuWeight, m: int, y: Tensor) -> None:
@@ -527,14 +530,15 @@ def _least_dense_planes(weight: CpuWeight, m: int, dtype: torch.dtype) -> int:
     """Groups of so many planes are decoded for a matrix product; lookups pay each plane."""
     if dtype not in _DTYPES:
         return 0
-    if (m, dtype) not in weight.choices:  # 30 us to find
+    found = weight.choices.get((m, dtype))
+    if found is None:  # 30 us to find
         if len(weight.choices) == _MOST_CHOICES:
             weight.choices.clear()
-        weight.choices[m, dtype] = min(
+        weight.choices[m, dtype] = found = min(
             {0, *(group.planes + 1 for group in weight.whole.groups)},
             key=lambda planes: _nanoseconds(weight, planes, m, dtype),
         )
-    return weight.choices[m, dtype]
+    return found
 
 
 def _nanoseconds(weight: CpuWeight, planes: int, m: int, dtype: torch.dtype) -> float:
@@ -592,7 +596,7 @@ def _decoded_tiles(
     address, code, threads = ctypes.addressof(part.struct), _DTYPES[stored], torch.get_num_threads()
     whole = part is weight.whole
     order = part.columns.data_ptr() if whole else None
-    line = torch.empty(threads if whole else 0, k, dtype=stored)  # a row in stored order
+    line = _empty(threads if whole else 0, k, dtype=stored)  # a row in stored order
     for begin in range(0, n, rows):
         tile = buffer[: n - begin]
         weight.library.pbq_decode(
@@ -603,6 +607,11 @@ def _decoded_tiles(
         yield slice(begin, begin + len(tile)), tile.to(dtype)
 
 
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Where C writes, whatever torch's default device may be."""
+    return torch.empty(*shape, dtype=dtype, device="cpu")
+
+
 _kept = threading.local()
 
 
@@ -610,14 +619,15 @@ def _scratch(count: int, dtype: torch.dtype) -> Tensor:
     """So many numbers that stay valid until this thread asks again: new memory is slow to touch."""
     held: dict[torch.dtype, Tensor] = _kept.__dict__.setdefault("held", {})
     if dtype not in held or len(held[dtype]) < count:
-        held[dtype] = torch.empty(count, dtype=dtype)
+        with torch.inference_mode(False):  # or nothing outside of it may change what is kept
+            held[dtype] = _empty(count, dtype=dtype)
     return held[dtype][:count]
 
 
 def _overlay_tile(tile: Tensor, overlay: _Overlay, begin: int) -> None:
     start = overlay.start[begin : begin + len(tile) + 1]
     entries = slice(int(start[0]), int(start[-1]))
-    rows = torch.repeat_interleave(torch.arange(len(tile)), start.diff())
+    rows = torch.repeat_interleave(start.diff())
     tile[rows, overlay.column[entries].long()] += overlay.delta[entries].to(tile.dtype)
 
 
@@ -635,7 +645,7 @@ class _Multiply(torch.autograd.Function):
         weight: CpuWeight = ctx.weight
         flat = grad.reshape(-1, weight.n)
         sums = torch.promote_types(grad.dtype, torch.float32)
-        grad_x = torch.zeros(len(flat), weight.k, dtype=sums)
+        grad_x = flat.new_zeros(len(flat), weight.k, dtype=sums)
         for rows, tile in _decoded_tiles(weight, weight.whole, grad.dtype):
             grad_x += flat[:, rows] @ tile
         return grad_x.to(grad.dtype).view(*grad.shape[:-1], weight.k), None, None

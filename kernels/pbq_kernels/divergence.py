@@ -27,7 +27,7 @@ def divergence(
     if library is None or not on_cpu or not student.dtype == target.dtype == torch.bfloat16:
         return divergence_naive(student, target, gamma, gradient=gradient)
     student, target = student.detach().contiguous(), target.detach().contiguous()
-    kl, entropy = (torch.empty(len(student)) for _ in range(2))
+    kl, entropy = (student.new_empty(len(student), dtype=torch.float32) for _ in range(2))
     found = torch.empty_like(student) if gradient else None
     library.pbq_divergence(
         *(student.data_ptr(), target.data_ptr(), *student.shape, gamma),

@@ -561,7 +561,7 @@ def expand_scales(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> list[T
     out, start = [], 0
     for tier in layout.tiers:
         if not tier.scales or scale is None:
-            out.append(torch.zeros(len(weight), tier.groups, tier.depth, device=weight.device))
+            out.append(weight.new_zeros(len(weight), tier.groups, tier.depth, dtype=torch.float32))
             continue
         part = scale[:, start : start + tier.scales].unflatten(1, (tier.groups, -1))
         start += tier.scales

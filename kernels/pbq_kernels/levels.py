@@ -22,7 +22,7 @@ def weights(position: Tensor, tier_of: Tensor, scale: Tensor) -> Tensor:
     with `paths.compiled()`. Raises ValueError where they do not fit together.
     """
     n, k = _checked(position, tier_of, scale)
-    out = torch.empty(n, k, dtype=torch.bfloat16)
+    out = scale.new_empty(n, k, dtype=torch.bfloat16)
     library = compiled()
     assert library is not None
     library.pbq_levels(
@@ -42,7 +42,7 @@ def gradients(position: Tensor, tier_of: Tensor, gradient: Tensor, tiers: int) -
 
     gradient bfloat16 [n, k]: of `weights`. The rest as there; results do not depend on the threads.
     """
-    out = torch.empty(len(position), tiers)
+    out = position.new_empty(len(position), tiers, dtype=torch.float32)
     n, k = _checked(position, tier_of, out)
     if gradient.shape != position.shape or gradient.dtype != torch.bfloat16:
         raise ValueError(f"gradient: {gradient.dtype} {tuple(gradient.shape)}, not bfloat16 {n, k}")

@@ -29,7 +29,7 @@ def nearest_path(
     if library is None:
         return nearest_path_naive(x, scale, planes, memory, uneven)
     x_cpu, scale_cpu = _on_cpu(x), _on_cpu(scale)
-    codes = torch.empty(x.shape, dtype=torch.uint8)
+    codes = x_cpu.new_empty(x.shape, dtype=torch.uint8)
     threads = torch.get_num_threads() if codes.numel() > 2**15 else 1
     table = _table(planes) if uneven else None
     failed = library.pbq_trellis(
@@ -59,7 +59,7 @@ def nearest_paths_in_turn(
         return nearest_paths_in_turn_naive(x, A, start, scale, planes, memory, uneven)
     x_cpu, A_cpu, scale_cpu = _on_cpu(x), _on_cpu(A.T), _on_cpu(scale)
     start_cpu = None if start is None else _on_cpu(start)
-    codes = torch.empty(x.shape, dtype=torch.uint8)
+    codes = x_cpu.new_empty(x.shape, dtype=torch.uint8)
     failed = library.pbq_trellis_in_turn(
         *(x_cpu.data_ptr(), A_cpu.data_ptr(), None if start_cpu is None else start_cpu.data_ptr()),
         *(scale_cpu.data_ptr(), *x.shape, planes, memory, *POLYNOMIALS[memory]),
@@ -99,7 +99,7 @@ def _found(failed: int, codes: Tensor, planes: int, uneven: bool, like: Tensor) 
     if failed:
         raise MemoryError(f"no memory for the paths of {len(codes)} columns")
     if uneven:
-        codes = plane_codes(planes, True)[codes.long()]
+        codes = plane_codes(planes, True, codes.device)[codes.long()]
     return codes.to(like.device)
 
 

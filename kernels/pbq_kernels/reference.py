@@ -46,14 +46,14 @@ def dense_rows(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> Tensor:
     found = tier_codes(layout, tensors["weight"])
     for tier, codes, scale, offset in zip(layout.tiers, found, scales, offsets, strict=True):
         group = tier.group_of_column(device)
-        part = torch.zeros(n, tier.columns, device=device)
+        part = torch.zeros(n, tier.columns, dtype=torch.float32, device=device)
         if offset is not None:
             part += offset[:, group]
         for p in range(tier.depth):
             sign = ((codes >> p) & 1).float() * 2 - 1
             part += scale[:, :, p][:, group] * sign
         parts.append(part)
-    W = torch.empty(n, layout.k, device=device)
+    W = torch.empty(n, layout.k, dtype=torch.float32, device=device)
     W[:, permutation(layout, tensors)] = torch.cat(parts, 1)
     if layout.column_scale:
         W *= tensors["column_scale"].float()

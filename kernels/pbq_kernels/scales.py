@@ -47,4 +47,4 @@ def _values(device: torch.device) -> Tensor:
 
 
 def _power(exponent: Tensor) -> Tensor:
-    return torch.ldexp(torch.ones(exponent.shape, device=exponent.device), exponent.int())
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent.int())
