@@ -27,6 +27,7 @@ SMALL = ["--nsamples", "2", "--seqlen", "16", "--effort", "fast"]
 NOT_RUN = {
     "make quickstart": "ten minutes and a real model: tests/test_real.py runs its parts",
     "make test": "this is it",
+    "pip install": "this environment has it",
     "torchrun": "several processes: tests/test_ranks.py runs two",
     "python -c": "a server: transformers' own, which needs packages that pbq does not ask for",
     "curl": "needs that server",
