@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from pbq import ranks
 from pbq.allocate import ChannelStats
 from pbq.config import QuantConfig
-from pbq.errors import DataError, NumericalError
+from pbq.errors import DataError, NumericalError, UsageError
 from pbq.experts import borrowing
-from pbq.models import weight_of
+from pbq.models import most_positions, weight_of
 from pbq.own_text import Progress, ordinary_tokens, sample_from_model
 from pbq.tune import Recipe
 
@@ -59,6 +59,13 @@ class Calibration:
         n, length = self.ids.shape
         more = f", distilled on {len(self.further)} more" if len(self.further) else ""
         return f"{self.source}, {n} x {length} tokens{more}"
+
+
+def check_seqlen(seqlen: int, model: Any) -> None:
+    """Raise UsageError for segments that are longer than any text the model can read."""
+    positions = most_positions(model)
+    if positions and seqlen > positions:
+        raise UsageError(f"--seqlen {seqlen}: the model knows {positions} positions; use as many")
 
 
 def load_calibration(

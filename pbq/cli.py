@@ -50,7 +50,13 @@ app = typer.Typer(
     epilog="Start with: pbq quantize MODEL OUT --bits 1.61",
 )
 
-Method = Annotated[str, typer.Option(help="auto, one that pbq lists, or a .py file of your own")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="auto, which is waterfill; arb-llm, billm, db-llm, gptq, nanoquant, pb-llm, ptq161, "
+        "rtn; or a .py file of your own"
+    ),
+]
 Bits = Annotated[float, typer.Option(help="stored bits per weight, masks and scales included")]
 GroupSize = Annotated[int, typer.Option(help="columns per group of scales, -1: the row")]
 Criterion = Annotated[

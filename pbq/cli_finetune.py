@@ -36,8 +36,8 @@ def finetune(
     recipe: Annotated[
         str,
         typer.Option(
-            help="pbq: signs, scales and norms; pb-llm: its QAT, signs alone, each scale the mean "
-            "size of its weights"
+            help="pbq: scales and norms, and signs of tiers without a trellis; pb-llm: its QAT, "
+            "signs alone, each scale the mean size of its weights"
         ),
     ] = "pbq",
     teacher: Annotated[
@@ -56,7 +56,7 @@ def finetune(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train OUT on towards the original model, into NEW: the same bits, other signs and scales."""
+    """Train OUT on towards the original model, into NEW: the same bits, other values in them."""
     hush_libraries(quiet=quiet)
     from pbq import finetune as finetuning
 

@@ -20,7 +20,7 @@ app = typer.Typer()
 
 @app.command(epilog="Example: pbq report out")
 def report(out: Packed) -> None:
-    """Make OUT/report.html again, from OUT/report.json: after installing pbq[report], say."""
+    """Make OUT/report.html again, from OUT/report.json: after installing matplotlib, say."""
     from pbq import html_report
 
     print(html_report.write(out))

@@ -27,7 +27,7 @@ from pbq.pipeline import Observer
 from pbq.scoring import score_models
 from pbq.sources import resolve_source
 
-NO_PLOT = "The plot needs matplotlib: pip install 'pbq[report]', then the same command."
+NO_PLOT = "The plot needs matplotlib: pip install 'pbq-llm[report]', then the same command."
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def _scored(model: str, file: Path, protocol: Protocol, observer: Observer) -> l
         "texts": [hashlib.sha256(text.read_bytes()).hexdigest() for text in protocol.texts],
         "windows": protocol.windows,
         "window": protocol.window,
-        "model": model,
+        "model": resolve_source(model).digest(),  # what is at a path may be made anew
     }
     kept = read_json(file) if file.exists() else {}
     if kept.get("protocol") == key:

@@ -137,7 +137,8 @@ def resumable(out: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        done = out.with_name(f"{out.name}.partial").glob("*.safetensors")
+        out = out.resolve()  # "." has no name
+        done = out.parent.joinpath(f"{out.name}.partial").glob("*.safetensors")
         if any(file.name.startswith(("block-", "training")) for file in done):
             raise Unfinished from error
         raise

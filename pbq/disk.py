@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -61,6 +62,15 @@ def check_space(path: Path | str, needed_bytes: int) -> None:
             f"{path}: {size_text(needed_bytes)} needed, {size_text(free)} free on that disk; "
             "free some space or choose another place"
         )
+
+
+def unused(path: Path) -> Path:
+    """A name beside `path` that nothing has yet: what is made there is renamed when it is whole.
+
+    Not one that anything else of pbq has, as an unfinished run's OUT.partial.
+    """
+    names = (path.with_name(f"{path.name}.{os.getpid()}-{i}.tmp") for i in itertools.count())
+    return next(name for name in names if not name.exists())
 
 
 def free_bytes(path: Path) -> int:

@@ -37,9 +37,3 @@ class NumericalError(PbqError):
     """Non-finite activations, or a Hessian that stays singular."""
 
     exit_code = 6
-
-
-class QualityError(PbqError):
-    """The result fails the quality gate that was asked for."""
-
-    exit_code = 7

@@ -11,7 +11,7 @@ import torch
 
 from pbq import hf
 from pbq.checkpoint import copy_auxiliary
-from pbq.disk import check_space, size_text, writing
+from pbq.disk import check_space, size_text, unused, writing
 from pbq.errors import UsageError
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -55,10 +55,9 @@ def export(
     target = getattr(torch, dtype)
     model = hf.load(str(out), dtype=target, trust_remote_code=trust_remote_code).dequantize(target)
     check_space(dense, sum(p.numel() * p.element_size() for p in model.parameters()))
-    staging = dense.with_name(f"{dense.name}.partial")
+    staging = unused(dense)
     try:
         with writing(staging):
-            shutil.rmtree(staging, ignore_errors=True)
             model.save_pretrained(staging)
             copy_auxiliary(out, staging, trust_remote_code=trust_remote_code)
             (staging / "README.md").write_text(_card(out, dtype), encoding="utf-8")

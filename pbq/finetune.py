@@ -15,7 +15,7 @@ from typing import Any
 
 from pbq import __version__, hf
 from pbq.attention import fast_attention
-from pbq.calibrate import Calibration, batches, load_calibration
+from pbq.calibrate import Calibration, batches, check_seqlen, load_calibration
 from pbq.config import QuantConfig
 from pbq.disk import check_space, read_json, size_text
 from pbq.distilling import distil_model
@@ -97,6 +97,7 @@ def finetune(
         about = student.config.quantization_config
         source = resolve_source(teacher or str(about.provenance.get("source", "")))
         loader = BlockLoader(source, compute_dtype(source, where), where, trust_remote_code)
+        check_seqlen(training.seqlen, loader.model)
         unfuse(loader.model)  # the experts of the packed model are apart
         _check_teacher(loader, dict(packed_linears(student)), out)
         moving = _moves_signs(dict(packed_linears(student)), training, out)

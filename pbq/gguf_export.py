@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,10 @@ import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pbq import hf
-from pbq.disk import check_space, read_json, size_text, writing
+from pbq.disk import check_space, read_json, size_text, unused, writing
+from pbq.embedding import PackedHead
 from pbq.errors import ModelError, UsageError
+from pbq.linear import PackedLinear, PackedModule
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -94,8 +96,9 @@ def export_gguf(
     """Write the model at `out` as a GGUF file, packed values rounded once to `dtype`.
 
     `smallest` chooses, layer by layer, the smallest type whose relative error is at most
-    `max_error`. Embeddings and the head keep the type they have unless `dtype` is a float; norms
-    are float32, as llama.cpp wants them. The file appears when it is whole.
+    `max_error`. Embeddings and the head keep the type they have unless `dtype` is a float, packed
+    ones get a float within `max_error`; norms are float32, as llama.cpp wants them. The file
+    appears when it is whole.
 
     Raises UsageError for a `path` that exists or an error above `max_error`, ModelError for what
     the format, or this function, does not know, CheckpointError, ResourceError.
@@ -108,7 +111,7 @@ def export_gguf(
     try:
         from gguf import GGUFWriter
     except ImportError as error:
-        raise UsageError(f"{path}: writing it needs pip install 'pbq[gguf]'") from error
+        raise UsageError(f"{path}: writing it needs pip install 'pbq-llm[gguf]'") from error
     model = hf.load(str(out), dtype=torch.float32, trust_remote_code=trust_remote_code)
     architecture = _architecture(out, model.config)
     writer = GGUFWriter(None, architecture)
@@ -116,8 +119,8 @@ def export_gguf(
     tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=trust_remote_code)
     _describe_tokenizer(writer, out, tokenizer, model.config.vocab_size)
     tensors = tuple(
-        _planned(hf_name, name, values, *_candidates(dtype, packed, values.ndim, max_error))
-        for hf_name, name, values, packed in _tensors(model, architecture)
+        _planned(hf_name, name, values, *_candidates(dtype, module, values.ndim, max_error))
+        for hf_name, name, values, module in _tensors(model, architecture)
     )
     found = GgufFile(path, architecture, tensors)
     check_space(path, sum(tensor.nbytes for tensor in tensors))
@@ -129,7 +132,7 @@ def _write(writer: GGUFWriter, model: PreTrainedModel, file: GgufFile) -> None:
     """Dequantize and encode again, tensor by tensor, so that no two are held at once."""
     from gguf.quants import quantize
 
-    staging = file.path.with_name(f"{file.path.name}.partial")
+    staging = unused(file.path)
     try:
         with writing(staging):
             kinds = {tensor.name: _kind(tensor.type) for tensor in file.tensors}
@@ -155,13 +158,13 @@ def _write(writer: GGUFWriter, model: PreTrainedModel, file: GgufFile) -> None:
 
 def _tensors(
     model: PreTrainedModel, architecture: str
-) -> Iterator[tuple[str, str, np.ndarray, bool]]:
-    """Name here, name in the file, float32 values, and whether they are a packed layer's."""
+) -> Iterator[tuple[str, str, np.ndarray, PackedModule | None]]:
+    """Name here, name in the file, float32 values, and the packed module whose weight they are."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     config = model.config
     names = get_tensor_name_map(MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
-    packed = dict(hf.packed_linears(model))
+    packed = dict(hf.packed_modules(model))
     for full, tensor in _values(model, packed):
         layer, _, suffix = full.rpartition(".")
         name = names.get_name(layer)
@@ -172,10 +175,13 @@ def _tensors(
             queries = layer.endswith("q_proj")
             heads = config.num_attention_heads if queries else config.num_key_value_heads
             values = _interleaved(values, heads)
-        yield full, f"{name}.{suffix}", values, layer in packed and suffix == "weight"
+        module = packed.get(layer) if suffix == "weight" else None
+        yield full, f"{name}.{suffix}", values, module
 
 
-def _values(model: PreTrainedModel, packed: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+def _values(
+    model: PreTrainedModel, packed: Mapping[str, PackedModule]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the dense model by its name, a packed one dequantized when its turn comes."""
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     for name, tensor in model.state_dict().items():
@@ -202,15 +208,17 @@ def _kind(name: str) -> GGMLQuantizationType:
 
 
 def _candidates(
-    dtype: str, packed: bool, dims: int, max_error: float
+    dtype: str, module: PackedModule | None, dims: int, max_error: float
 ) -> tuple[Sequence[str], float]:
     """Types to try for a tensor, in this order, and the error that one of them may have."""
     if dims == 1:
         return ["F32"], 0.0
     if dtype in FLOATS:
         return [FLOATS[dtype]], max_error
-    if not packed:
+    if module is None:
         return list(FLOATS.values()), 0.0
+    if not isinstance(module, PackedLinear) or isinstance(module, PackedHead):
+        return list(FLOATS.values()), max_error
     return [*BLOCKS, *FLOATS.values()] if dtype == SMALLEST else [dtype.upper()], max_error
 
 

@@ -169,6 +169,9 @@ def disk_bytes(
     return round(2 * count * bits / 8) + around + latents + states + start
 
 
+_CONTROL_GROUPS = "/sys/fs/cgroup"
+
+
 def spills(state_bytes: int, budget: int | None) -> bool:
     """Do hidden states of so many bytes go to the disk?"""
     return budget is not None and state_bytes > budget // _SHARE_OF_STATES
@@ -190,16 +193,35 @@ def budget(gib: float | None, device: torch.device, processes: int = 1) -> int:
 
 def _left_in_control_group() -> int:
     """Bytes until the limit that a container sets, or more than any machine has."""
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        root = Path("/sys/fs/cgroup")
-        try:
-            return int((root / limit).read_text()) - int((root / used).read_text())
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-    return 2**62
+    kinds = (
+        ("", "memory.max", "memory.current", ""),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    )
+    left = 2**62
+    for controller, limit, used, prefix in kinds:
+        top = Path(_CONTROL_GROUPS) / controller
+        own = top / _own_group(controller)
+        # the limits of the groups around a group hold for it, too
+        for group in (own, *(p for p in own.parents if p.is_relative_to(top))):
+            try:
+                found = int((group / limit).read_text()) - int((group / used).read_text())
+                stat = dict(map(str.split, (group / "memory.stat").read_text().splitlines()))
+            except (OSError, ValueError):  # no such group, or "max"
+                continue
+            # files that were read or written: used, and given up as soon as memory is asked for
+            files = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+            left = min(left, found + files)
+    return left
+
+
+def _own_group(controller: str) -> str:
+    """This process's group below the controller's root: version 1 by name, version 2 by none."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return ""
+    found = [line.split(":", 2)[2] for line in lines if line.split(":", 2)[1] == controller]
+    return found[0].strip("/") if found else ""
 
 
 def whole_model_bytes(model: nn.Module) -> int:

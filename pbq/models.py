@@ -75,15 +75,25 @@ def outline(source: Source, trust_remote_code: bool = False) -> PreTrainedModel:
 
 
 def compute_dtype(source: Source, device: torch.device) -> torch.dtype:
-    """The checkpoint's own dtype; bfloat16 for GGUF, and for float16 on a CPU, which has no
-    fast float16 matmul. Raises ModelError."""
+    """The checkpoint's own dtype; bfloat16 for GGUF, and for float16 where that can be multiplied.
+
+    CPUs have no fast float16, and the gradients of a distillation underflow in it. Raises
+    ModelError.
+    """
     if source.gguf:
         return torch.bfloat16
     with refusing(source, "unreadable config"):
         # the bare file: the dtype is no reason to run a model's own config code
         said, _ = PreTrainedConfig.get_config_dict(source.path)
         own = getattr(torch, said.get("dtype") or said.get("torch_dtype") or "bfloat16")
-    return torch.bfloat16 if own == torch.float16 and device.type == "cpu" else own
+    bfloat16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if own == torch.float16 and bfloat16 else own
+
+
+def most_positions(model: Any) -> int | None:
+    """Of how many tokens a text may be at most, where the model's config says so."""
+    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found
 
 
 @contextmanager

@@ -88,14 +88,15 @@ def _unpack(pw: PackedWeight) -> QuantizedWeight:
     tier_of = tensors.get("tier", torch.zeros(k, dtype=torch.uint8, device=device))
     codes = torch.zeros(n, k, dtype=torch.uint8, device=device)
     grids: list[TierGrid] = []
-    scales = stored_scales(tensors) if "scale" in tensors else torch.zeros(n, 0)
+    nothing = torch.zeros(n, 0, dtype=torch.float32, device=device)
+    scales = stored_scales(tensors) if "scale" in tensors else nothing
     scale = offset = 0
     for t, (tier, found) in enumerate(
         zip(layout.tiers, tier_codes(layout, tensors["weight"]), strict=True)
     ):
         codes[:, (tier_of == t).nonzero(as_tuple=True)[0]] = found
         stored_planes = min(tier.planes, 1) if tier.tied else tier.planes
-        stored_scale = torch.zeros(n, tier.groups, stored_planes, device=device)
+        stored_scale = nothing.new_zeros(n, tier.groups, stored_planes)
         if tier.scales:
             part = scales[:, scale : scale + tier.scales]
             stored_scale = part.reshape(stored_scale.shape)
@@ -104,7 +105,7 @@ def _unpack(pw: PackedWeight) -> QuantizedWeight:
             stored_offset = (
                 tensors["offset"][:, offset : offset + tier.offsets].float()
                 if tier.offsets
-                else torch.zeros(n, 0, device=device)
+                else nothing
             )
         scale, offset = scale + tier.scales, offset + tier.offsets
         grids.append(TierGrid(stored_scale, stored_offset))

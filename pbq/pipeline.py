@@ -25,7 +25,14 @@ from pbq.allocate import LayerPlan, stored_bits
 from pbq.attention import fast_attention
 from pbq.blocks import BlockQuantizer, Reconstructed, Streams
 from pbq.blockwise import Layers, ScoredText, through_block
-from pbq.calibrate import STATISTICS_ROWS, Calibration, batches, load_calibration, most_rows
+from pbq.calibrate import (
+    STATISTICS_ROWS,
+    Calibration,
+    batches,
+    check_seqlen,
+    load_calibration,
+    most_rows,
+)
 from pbq.config import QuantConfig
 from pbq.disk import check_space
 from pbq.distilling import Functional, distil_model
@@ -49,6 +56,7 @@ from pbq.models import (
     check_coverage,
     compute_dtype,
     find_linears,
+    most_positions,
     pick_device,
     record_calls,
     run_block,
@@ -148,7 +156,7 @@ def quantize(
 
         shared = opened() if ranks.count() == 1 else SharedWork(out, opened)
         with shared as work, _dropping_what_was_refused(work):
-            check_space(work.path, run.disk_bytes())
+            check_space(work.path, run.disk_bytes() - work.held_bytes())
             shown.line(f"quantizing {report.coverage}")
             if not isinstance(shown, Silent):  # it takes a second to find out
                 shown.line(run.forecast())
@@ -196,8 +204,7 @@ class _Text:
 
 def _window(model: Any) -> int:
     """Tokens in a window: 2048 as in the papers, fewer in a model of fewer positions."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(WINDOW, positions or WINDOW)
+    return min(WINDOW, most_positions(model) or WINDOW)
 
 
 @contextmanager
@@ -224,6 +231,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.model, self.blocks = self.loader.model, self.loader.blocks
+        check_seqlen(self.config.seqlen, self.model)
         self.recipe = where_known(methods.recipe_of(self.method, self.config), self.blocks)
         if self.config.embed_bits:
             vocabulary(self.model)  # refused now, not when OUT is written

@@ -42,7 +42,12 @@ def to_yaml(about: Mapping[str, str], options: Mapping[str, Any]) -> str:
 
 def _absolute(name: str, value: Any) -> Any:
     is_path = _PATHS.get(name)
-    return str(Path(value).resolve()) if is_path and value and is_path(Path(value)) else value
+    if not is_path or not value:
+        return value
+    if is_path(Path(value)):
+        return str(Path(value).resolve())
+    parts = value.split("+") if name == "calib" else [value]  # texts joined, as in "wiki.txt+self"
+    return "+".join(str(Path(p).resolve()) if is_path(Path(p)) else p for p in parts)
 
 
 def read(path: Path) -> dict[str, Any]:

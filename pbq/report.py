@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import resource
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from pbq import __version__, html_report, recipes, samples, selftest
@@ -28,6 +30,8 @@ from pbq.hf import packed_linears, packed_modules
 from pbq.linear import PackedLinear, PackedModule
 from pbq.sources import Source
 from pbq_kernels.layout import INNER
+
+log = logging.getLogger(__name__)
 
 HISTOGRAM_BINS = 160
 HISTOGRAM_RANGE = 4.0
@@ -346,7 +350,12 @@ def card_metadata(source_dir: Path) -> dict[str, Any]:
     from huggingface_hub import metadata_load
 
     card = source_dir / "README.md"
-    found = (metadata_load(card) or {}) if card.is_file() else {}
+    try:
+        found = (metadata_load(card) or {}) if card.is_file() else {}
+    except (OSError, ValueError, yaml.YAMLError) as error:  # no run fails of another's file
+        said = " ".join(str(error).split())
+        log.warning("%s: licence and language were not taken over (%.100s)", card, said)
+        return {}
     return {key: found[key] for key in _CARRIED_OVER if key in found}
 
 
@@ -398,8 +407,7 @@ def model_card(report: RunReport, source: Mapping[str, Any] | None = None) -> st
 # {Path(report.source).name}, {report.bits:.2f} stored bits per weight
 
 Quantized from `{report.source}` with pbq, method `{config["method"]}`.
-Linear layers of the decoder blocks are packed; {_around(report)}
-(norms are tuned along).
+Linear layers of the decoder blocks are packed; {_around(report)}.
 
 | | |
 |---|---|
@@ -410,6 +418,8 @@ padding. {"" if report.after else "Perplexity was not measured: `pbq eval` does.
 Options: {options}.
 
 ## Load
+
+With pbq, whose package is `pbq-llm` (`pbq` on PyPI is another project):
 
 ```python
 import pbq  # teaches transformers the packed layout
@@ -426,9 +436,9 @@ Without `import pbq` loading fails; it never returns a model with missing layers
 
 def _around(report: RunReport) -> str:
     if not report.embed_bytes:
-        return "embeddings, norms and head are as they were"
+        return "embeddings and head are as they were; norms may be trained along"
     bits = f"{report.config['embed_bits']} bits, {report.embed_bits:.2f} with their scales"
-    return f"embeddings and head are rounded to {bits}; norms are as they were"
+    return f"embeddings and head are rounded to {bits}; norms may be trained along"
 
 
 def _is_hub_id(source: str) -> bool:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from pbq.disk import CheckpointError, read_json, reading, size_text
-from pbq.models import compute_dtype, load_model, pick_device
+from pbq.errors import ResourceError
+from pbq.models import compute_dtype, load_model, most_positions, pick_device
 from pbq.sources import resolve_source
 
 log = logging.getLogger(__name__)
@@ -63,9 +64,13 @@ def record(
     if needed > (available if memory is None else min(memory, available)):
         log.warning("%s: no logits recorded, %s do not fit into memory", out, size_text(needed))
         return
-    model, tokenizer = _load(out, device, trust_remote_code)
-    ids = _ids(tokenizer, model)
-    logits = _logits(model, ids)
+    try:
+        model, tokenizer = _load(out, device, trust_remote_code)
+        ids = _ids(tokenizer, model)
+        logits = _logits(model, ids)
+    except (MemoryError, ResourceError, torch.OutOfMemoryError) as error:
+        log.warning("%s: no logits recorded, memory ran out (%s)", out, error)
+        return
     top = logits.topk(min(TOP, logits.shape[-1]))
     recorded = {
         "text": TEXT,
@@ -89,8 +94,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _ids(tokenizer: Any, model: Any) -> list[int]:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", POSITIONS)
-    found: list[int] = tokenizer(TEXT).input_ids[: min(POSITIONS, positions)]
+    most = min(POSITIONS, most_positions(model) or POSITIONS)
+    found: list[int] = tokenizer(TEXT).input_ids[:most]
     return found
 
 

@@ -112,6 +112,10 @@ class Work:
         """Saved artefacts, sorted; whether one is intact is known only to `has` and `load`."""
         return sorted(p.name.removesuffix(".safetensors") for p in self.path.glob("*.safetensors"))
 
+    def held_bytes(self) -> int:
+        """Of the saved artefacts: what a resumed run has on the disk already."""
+        return sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
+
     def has(self, name: str) -> bool:
         """True when the artefact is there and intact; a damaged one is logged and is absent."""
         return self._read(name) is not None
@@ -199,9 +203,12 @@ class Work:
             os.rename(aside, self.out)
 
     def _claim(self, fingerprint: dict[str, str], fresh: bool) -> None:
-        """Resume what is there if it is the same run; discard it if asked; else mark it as ours."""
+        """Resume what is there if it is the same run; discard it if asked; else mark it as ours.
+
+        What has finished no step is no run to resume: another one takes its place.
+        """
         file = self.path / _FINGERPRINT
-        if file.exists() and not fresh:
+        if file.exists() and self.names() and not fresh:
             self._compare(file, fingerprint)
             self._sweep()
             return
@@ -379,6 +386,8 @@ def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def drop_finished(out: Path) -> None:
     """Remove what a run left behind that was killed after it had made `out`."""
     out = out.resolve()
+    if not out.name:  # "/": refused later
+        return
     # UsageError: another process holds it, perhaps to remove it
     with contextlib.suppress(UsageError):
         if _is_spent(_partial(out), out):

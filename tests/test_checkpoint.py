@@ -515,6 +515,16 @@ def test_no_budget_was_promised(out: Path) -> None:
     assert inspect(out).asked_bits is None
 
 
+def test_files_that_nothing_reads_may_hold_anything(out: Path) -> None:
+    """The source had them, and they were copied along."""
+    (out / "modules.json").write_text("[1, 2]")
+    (out / "results.json").write_text('{"a": 1}\n{"a": 2}\n')
+    verify(out)
+    (out / "generation_config.json").write_text("[1, 2]")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: expected an object"):
+        verify(out)
+
+
 def test_what_is_only_worth_a_look_is_a_warning(out: Path) -> None:
     (out / "tokenizer.json").unlink()
     (out / "tokenizer_config.json").unlink()

@@ -39,7 +39,7 @@ from pbq import (
     publish,
     scoring,
 )
-from pbq.cli import app
+from pbq.cli import Method, app
 from pbq.console import Console, run_guarded
 from pbq.errors import NumericalError, ResourceError
 from pbq.linear import backend_name
@@ -794,7 +794,19 @@ def test_ctrl_c_exits_with_130_and_names_the_command_that_resumes(
     assert code == 130 and refusal(err) == "interrupted"
 
 
+@pytest.mark.parametrize("target", [".", "/"])
+def test_an_out_without_a_name_of_its_own_is_refused(
+    target: str, invoke: Invoke, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    code, _, stderr = invoke("quantize", source, target, "--calib", "a file")
+    assert code == 2 and re.match(rf"{re.escape(target)} (holds|is a mount)", refusal(stderr))
+
+
 def test_every_method_can_be_named(invoke: Invoke, source: Path) -> None:
+    listed = Method.__metadata__[0].help.replace(",", ";").split("; ")
+    assert set(methods.names()) - {"waterfill"} == set(listed[1:-1])
     for name in methods.names():
         code, stdout, _ = invoke("plan", source, "--bits", "3.5", "--method", name, "--json")
         assert code == 0 and json.loads(stdout)["method"] == name

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -130,8 +131,20 @@ def test_what_is_finished_is_not_done_again(
     # other windows: scored again, not quantized
     fewer = finished(source, tmp_path, first, replace(protocol, windows=2))
     assert fewer.entries[1].perplexities[0].windows == 2
+    others = [replace(c, seqlen=8) for c in first]
     with pytest.raises(UsageError, match=r"of another comparison \(seqlen: was 16, is now 8\)"):
-        finished(source, tmp_path, [replace(c, seqlen=8) for c in first], protocol)
+        finished(source, tmp_path, others, protocol)
+    # removed, as it says, it is another model: its scores are not those of the one before
+    shutil.rmtree(tmp_path / "rtn-3.5")
+    real, scored = compare.score_models, []
+
+    def noting(models: list[str], **more: Any) -> Any:
+        scored.append(models)
+        return real(models, **more)
+
+    monkeypatch.setattr(compare, "score_models", noting)
+    finished(source, tmp_path, others, replace(protocol, windows=2))
+    assert scored[-1] == [str(tmp_path / "rtn-3.5")]
 
 
 def test_a_run_that_fails_leaves_the_finished_ones(
@@ -200,7 +213,7 @@ def test_the_page_is_whole_and_says_what_could_not_be() -> None:
 def test_without_matplotlib_there_is_a_table_and_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert plot(example()) is None
-    assert "pip install &#39;pbq[report]&#39;" in page(example(), None)
+    assert "pip install &#39;pbq-llm[report]&#39;" in page(example(), None)
 
 
 def test_true_bits_are_filled_and_labels_hollow() -> None:

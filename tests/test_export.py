@@ -79,6 +79,18 @@ def test_what_describes_the_packed_model_stays_with_it(
     assert "LICENSE" in found and not found & {"report.json", "report.html", "recipe.yaml"}
 
 
+def test_an_unfinished_run_beside_it_is_left_alone(
+    packed_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """`pbq quantize MODEL dense` works in dense.partial, for hours."""
+    block = tmp_path / "dense.partial" / "block-0.safetensors"
+    block.parent.mkdir()
+    block.write_text("hours")
+    export(packed_checkpoint("llama"), tmp_path / "dense")
+    assert block.read_text() == "hours"
+    assert {p.name for p in tmp_path.iterdir()} == {"dense", "dense.partial"}
+
+
 def test_refusals_leave_nothing(
     packed_checkpoint: Callable[[str], Path],
     tiny_checkpoint: Callable[[str], Path],

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import pbq
 from pbq import hf, linear
+from pbq.config import QuantConfig
 from pbq.errors import ModelError, UsageError
 from pbq.gguf_export import export_gguf
 from pbq.hf import PbqConfig, install
@@ -91,6 +92,32 @@ def test_transformers_reads_the_same_model_back(
     whole = after("<think>in</s>").input_ids
     assert whole == before("<think>in</s>").input_ids and len(whole) == 3
     assert after.eos_token == before.eos_token and after.chat_template == before.chat_template
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "q8_0"])
+def test_packed_embeddings_are_written_dense(
+    dtype: str, tied: bool, tiny_model: Callable[..., Any], tmp_path: Path, text: Path
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    sizes = {"hidden_size": 64, "intermediate_size": 96}  # whole blocks of Q8_0
+    tiny_model("llama", tie_word_embeddings=tied, **sizes).save_pretrained(source)
+    bpe_tokenizer().save_pretrained(source)
+    config = QuantConfig("rtn", bits=6, calib=str(text), nsamples=4, seqlen=16, embed_bits=8)
+    pbq.quantize(str(source), out, config)
+    ours = pbq.load(str(out), dtype=torch.float32)
+    assert {"model.embed_tokens"} < {name for name, _ in hf.packed_modules(ours)}
+    done = export_gguf(out, tmp_path / "model.gguf", dtype, max_error=0.02)
+    kinds = {tensor.name: tensor.type for tensor in done.tensors}
+    assert kinds["token_embd.weight"] == {"float32": "F32", "q8_0": "BF16"}[dtype]
+    assert ("output.weight" in kinds) == (not tied)
+    assert all(name.endswith((".weight", ".bias")) for name in kinds)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
+    assert plain.config.tie_word_embeddings == tied
+    close = {"float32": 0.0, "q8_0": 0.01}[dtype]
+    for name, module in hf.packed_modules(ours):
+        found, wanted = plain.get_submodule(name).weight.detach(), module.dequantize()
+        assert float((found - wanted).norm() / wanted.norm()) <= close, name
 
 
 def test_errors_are_those_of_what_is_read_back(packed: Callable[..., Path], tmp_path: Path) -> None:

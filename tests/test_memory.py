@@ -155,6 +155,40 @@ def test_the_budget_is_what_is_asked_for_or_there(monkeypatch: pytest.MonkeyPatc
     assert shared == pytest.approx(2**27, abs=2**25)
 
 
+def test_a_container_s_files_count_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its limit less what is used, but for files that are only kept in case; nearest or around."""
+    monkeypatch.setattr(memory, "_CONTROL_GROUPS", str(tmp_path))
+    assert memory._left_in_control_group() == 2**62
+
+    def limited(group: Path, names: tuple[str, str], numbers: tuple[str, int], stat: str) -> None:
+        group.mkdir(parents=True, exist_ok=True)
+        for name, number in zip(names, numbers, strict=True):
+            (group / name).write_text(f"{number}\n")
+        (group / "memory.stat").write_text(stat)
+
+    one, two = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")
+    monkeypatch.setattr(memory, "_own_group", lambda controller: "a/b")
+    limited(tmp_path / "a/b", two, ("max", 70), "anon 1\n")
+    assert memory._left_in_control_group() == 2**62
+    limited(tmp_path / "a", two, ("1000", 900), "anon 1\nactive_file 300\ninactive_file 200\n")
+    assert memory._left_in_control_group() == 600
+    limited(
+        tmp_path / "memory", one, ("800", 700),
+        "inactive_file 5\ntotal_active_file 40\ntotal_inactive_file 2\n",
+    )  # fmt: skip
+    assert memory._left_in_control_group() == 142
+
+
+def test_the_own_control_group_is_known() -> None:
+    groups = Path("/proc/self/cgroup")
+    if not groups.exists():
+        pytest.skip("control groups are Linux's")
+    for controller in ("", "memory"):
+        own = memory._own_group(controller)
+        assert not own.startswith("/")
+        assert f":{controller}:/{own}\n" in groups.read_text() or not own
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"

@@ -380,13 +380,17 @@ def test_pick_device() -> None:
             pick_device(name)
 
 
-def test_the_dtype_to_compute_in(broken: Path) -> None:
+def test_the_dtype_to_compute_in(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     source = Source("m", broken)
     assert compute_dtype(source, cpu) == torch.float32
     edit_json(broken / "config.json", dtype="float16")
     assert compute_dtype(source, cpu) == torch.bfloat16
-    assert compute_dtype(source, gpu) == torch.float16
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda *, including_emulation, has=has: has
+        )
+        assert compute_dtype(source, gpu) == dtype
     edit_json(broken / "config.json", dtype="float7")
     with pytest.raises(ModelError, match="m: unreadable config"):
         compute_dtype(source, cpu)

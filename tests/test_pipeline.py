@@ -375,6 +375,15 @@ def test_too_little_text_is_refused(
     assert nothing_at(out)
 
 
+def test_segments_longer_than_the_model_reads_are_refused(
+    tiny_checkpoint: Callable[[str], Path], config: QuantConfig, tmp_path: Path
+) -> None:
+    out, longer = tmp_path / "out", dataclasses.replace(config, seqlen=65)
+    with pytest.raises(UsageError, match="--seqlen 65: the model knows 64 positions"):
+        quantized(tiny_checkpoint("gpt2"), out, longer)
+    assert nothing_at(out)
+
+
 # Perplexity
 
 
@@ -738,7 +747,12 @@ def test_a_disk_that_fills_up_while_writing_leaves_a_run_to_resume(
         with pytest.raises(ResourceError, match="No space left"):
             quantized(source, out, config)
     assert not out.exists() and not (tmp_path / "out.partial" / "staging").exists()
+    # what is there already need not find room again
+    needed = []
+    monkeypatch.setattr(pipeline, "check_space", lambda path, nbytes: needed.append(nbytes))
     done = quantized(source, out, config)
+    quantized(source, tmp_path / "another", config)
+    assert needed[0] < 0.8 * needed[1]
     assert not any(line.startswith("model.layers") for line in done.observer.of("line"))
     assert contents(out) == contents(finish("llama").out)
 

@@ -31,6 +31,8 @@ def test_files_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wiki.txt").write_text("a")
     (tmp_path / "out").mkdir()
+    joined = yaml.safe_load(recipes.to_yaml({}, {"calib": "wiki.txt+self+gone.txt"}))
+    assert joined == {"calib": f"{tmp_path / 'wiki.txt'}+self+gone.txt"}
     given = {"calib": "wiki.txt", "ppl": "gone.txt", "device": "wiki.txt", "preprocess": "out"}
     assert yaml.safe_load(recipes.to_yaml({}, given)) == {
         **given, "calib": str(tmp_path / "wiki.txt"), "preprocess": str(tmp_path / "out"),

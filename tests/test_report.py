@@ -205,6 +205,17 @@ def test_licence_and_language_are_those_of_the_source(tmp_path: Path) -> None:
     assert head["language"] == ["en", "de"] and "chat" not in head["tags"]
 
 
+@pytest.mark.parametrize(
+    "card", [b"---\nnot: [metadata\n---\n", b"---\njust words\n---\n", b"---\na: \xff\n---\n"]
+)
+def test_a_card_that_makes_no_sense_costs_no_run(
+    card: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "README.md").write_bytes(card)
+    assert card_metadata(tmp_path) == {}
+    assert f"{tmp_path / 'README.md'}: licence and language were not taken over" in caplog.text
+
+
 @pytest.mark.parametrize("gguf", [False, True])
 def test_a_checkpoint_is_complete_and_takes_only_what_is_the_models(
     gguf: bool,

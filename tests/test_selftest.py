@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from pbq import linear, selftest
 from pbq.disk import CheckpointError
@@ -114,3 +115,16 @@ def test_a_model_beyond_the_memory_is_not_loaded_for_it(
     with caplog.at_level(logging.WARNING, "pbq.selftest"):
         selftest.record(out)
     assert not (out / selftest.FILE_NAME).exists() and "do not fit into memory" in caplog.text
+
+
+def test_memory_that_runs_out_costs_the_record_alone(
+    out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    (out / selftest.FILE_NAME).unlink()
+    monkeypatch.setattr(selftest, "_logits", full)
+    with caplog.at_level(logging.WARNING, "pbq.selftest"):
+        selftest.record(out)
+    assert not (out / selftest.FILE_NAME).exists() and "memory ran out (full)" in caplog.text
