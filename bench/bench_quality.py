@@ -5,8 +5,8 @@
     python bench/bench_quality.py ptq161 --seed 1 --set nsamples=32 --set effort=fast
     python bench/bench_quality.py waterfill --calib wiki.valid.txt+self --set nsamples=128
 
-Protocol: calibrate on WikiText-2 validation (as many segments as the method takes; --calib to add text
-that the model makes itself), perplexity on WikiText-2
+Protocol: calibrate on WikiText-2 validation (as many segments as the method takes; --calib to add
+text that the model makes itself), perplexity on WikiText-2
 test, 40 windows of 2048 tokens, bfloat16. The two files are looked for in $PBQ_DATA/wikitext2. A
 second text (Python's reference manual, 10 windows) shows what happens off the calibration domain.
 Rows go into bench/results/quality.json; run one a process, so that peak memory is its own.

@@ -58,13 +58,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def report_without_figures() -> Iterator[None]:
-    """Drawing them takes longer than a tiny run. tests/test_html_report.py draws them."""
+def report_without_figures() -> Iterator[Callable[..., object]]:
+    """Drawing them takes longer than a tiny run: tests that want them ask for `figures`."""
     from pbq import html_report
 
+    real = html_report._figures
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(html_report, "_figures", lambda report: ({}, html_report.NO_PLOTS))
-        yield
+        yield real
+
+
+@pytest.fixture
+def figures(report_without_figures: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """report.html has its figures, as everywhere but in tests."""
+    from pbq import html_report
+
+    monkeypatch.setattr(html_report, "_figures", report_without_figures)
 
 
 Found = TypeVar("Found")

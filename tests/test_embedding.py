@@ -258,7 +258,7 @@ def test_embeddings_that_do_more_than_look_up_are_refused(
 ) -> None:
     """gemma scales what it looks up."""
     source = str(tiny_checkpoint(architecture))
-    config = pbq.QuantConfig("rtn", bits=4.5, calib=str(text), embed_bits=8)
+    config = pbq.QuantConfig("rtn", bits=4.5, calib=str(text), seqlen=16, embed_bits=8)
     for attempt in (lambda: plan(source, config), lambda: quantize(source, tmp_path / "o", config)):
         with pytest.raises(ModelError, match=r"embed_tokens: a Gemma.* cannot be packed; --embed"):
             attempt()

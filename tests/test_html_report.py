@@ -19,12 +19,7 @@ from pbq.evaluate import Perplexity
 from pbq.report import RunReport
 
 VOID = {"meta", "br", "path", "use", "hr"}
-FIGURES = html_report._figures
-
-
-@pytest.fixture(autouse=True)
-def with_figures(report_without_figures: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(html_report, "_figures", FIGURES)
+pytestmark = pytest.mark.usefixtures("figures")
 
 
 def tiers(damage: float) -> list[dict[str, Any]]:
