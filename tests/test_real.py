@@ -106,7 +106,7 @@ def test_each_step_of_the_reconstruction_earns_its_place(first_blocks: Path, man
 def test_a_real_model_keeps_the_promise_of_its_bits(
     first_blocks: Path, manual: Path, tmp_path: Path
 ) -> None:
-    config = QuantConfig(calib=str(manual), nsamples=8, seqlen=128, effort="fast", distil_steps=64)
+    config = QuantConfig(calib=str(manual), nsamples=8, seqlen=128, effort="fast", distil_steps=24)
     out = tmp_path / "out"
     report = quantize(str(first_blocks), out, config, ppl_text=manual, ppl_windows=1)
     layouts = read_layers(out)
