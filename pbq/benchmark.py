@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from pbq.errors import UsageError
-from pbq.models import load_model, pick_device
+from pbq.models import load_model, most_positions, pick_device
 from pbq.pipeline import Observer, Silent
 from pbq.sources import Source, resolve_source
 
@@ -152,7 +152,7 @@ def _check_room(source: Source, settings: Settings) -> None:
     config = AutoConfig.from_pretrained(
         source.path, trust_remote_code=settings.trust_remote_code, **source.file_argument
     )
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = most_positions(config)
     needed = settings.prompt_tokens + settings.new_tokens
     if positions is not None and needed > positions:
         raise UsageError(

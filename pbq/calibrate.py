@@ -63,9 +63,12 @@ class Calibration:
 
 def check_seqlen(seqlen: int, model: Any) -> None:
     """Raise UsageError for segments that are longer than any text the model can read."""
-    positions = most_positions(model)
-    if positions and seqlen > positions:
-        raise UsageError(f"--seqlen {seqlen}: the model knows {positions} positions; use as many")
+    positions = most_positions(model.config)
+    if positions is not None and seqlen > positions:
+        raise UsageError(
+            f"--seqlen {seqlen} is more than the model's {positions} positions; "
+            f"ask for --seqlen {positions}, or less"
+        )
 
 
 def load_calibration(

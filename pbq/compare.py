@@ -222,11 +222,14 @@ def _entry(
 
 def _scored(model: str, file: Path, protocol: Protocol, observer: Observer) -> list[Perplexity]:
     """Perplexity of every text, from `file` where that was made under the same protocol."""
+    config = Path(model) / "config.json"  # of a packed model it holds all checksums
     key = {
         "texts": [hashlib.sha256(text.read_bytes()).hexdigest() for text in protocol.texts],
         "windows": protocol.windows,
         "window": protocol.window,
-        "model": resolve_source(model).digest(),  # what is at a path may be made anew
+        "model": model,
+        # what is at a path may be made anew
+        "config": hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else "",
     }
     kept = read_json(file) if file.exists() else {}
     if kept.get("protocol") == key:

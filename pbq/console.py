@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from pbq.errors import PbqError, ResourceError
+from pbq.errors import PbqError, ResourceError, is_out_of_memory
 
 INTERRUPTED = 130
 # Commands that go on where they stopped.
@@ -183,7 +183,7 @@ def _explained(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}", ResourceError.exit_code
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         way_out = "try fewer --nsamples or a shorter --seqlen"
         return f"out of memory; {way_out}", ResourceError.exit_code
     return None
@@ -199,12 +199,6 @@ def _refuse(message: str, code: int) -> int:
     with contextlib.suppress(OSError):
         print(f"pbq: {message}", file=sys.stderr)
     return code
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """torch, which is not imported here, has an error of its own on GPUs and none on CPUs."""
-    torch_says = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
-    return isinstance(error, MemoryError) or torch_says
 
 
 def _interrupted() -> int:

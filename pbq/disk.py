@@ -11,6 +11,7 @@ import errno
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,6 +25,8 @@ from torch import Tensor
 
 from pbq.errors import ModelError, PbqError, ResourceError
 from pbq_kernels.layout import PackedFormatError
+
+log = logging.getLogger(__name__)
 
 # A description beyond this is damage, not a model: refuse before reading it into memory.
 MAX_JSON_BYTES = 2**27
@@ -67,8 +70,13 @@ def check_space(path: Path | str, needed_bytes: int) -> None:
 def unused(path: Path) -> Path:
     """A name beside `path` that nothing has yet: what is made there is renamed when it is whole.
 
-    Not one that anything else of pbq has, as an unfinished run's OUT.partial.
+    Not one that anything else of pbq has, as an unfinished run's OUT.partial. What is left of a
+    process that was killed is told, not removed.
     """
+    left = rf"{re.escape(path.name)}\.\d+-\d+\.tmp"
+    for other in path.parent.iterdir() if path.parent.is_dir() else ():
+        if re.fullmatch(left, other.name):
+            log.warning("%s is there: if no other process is writing it, remove it", other)
     names = (path.with_name(f"{path.name}.{os.getpid()}-{i}.tmp") for i in itertools.count())
     return next(name for name in names if not name.exists())
 

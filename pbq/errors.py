@@ -33,6 +33,12 @@ class ResourceError(PbqError):
     exit_code = 5
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch, which is not imported here, has an error of its own on GPUs and none on CPUs."""
+    torch_says = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or torch_says
+
+
 class NumericalError(PbqError):
     """Non-finite activations, or a Hessian that stays singular."""
 

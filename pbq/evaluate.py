@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pbq.errors import DataError, NumericalError, ResourceError, UsageError
+from pbq.models import most_positions
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -155,9 +156,9 @@ def tokenize_file(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> Token
 def check_window(config: PretrainedConfig, window: int) -> None:
     """Refuse a window that is longer than the positions the model was built for (UsageError).
 
-    Models without a limit in their config (ALiBi: bloom, mpt) take any window.
+    Models without a limit in their config take any window.
     """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = most_positions(config)
     if positions is not None and window > positions:
         raise UsageError(
             f"a window of {window} tokens is longer than the model's {positions} positions;"

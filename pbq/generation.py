@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from pbq.errors import DataError, UsageError
-from pbq.models import compute_dtype, load_model, pick_device
+from pbq.models import compute_dtype, load_model, most_positions, pick_device
 from pbq.sources import resolve_source
 
 Show = Callable[[str], None]
@@ -105,8 +105,7 @@ class Writer:
     @property
     def positions(self) -> int | None:
         """Tokens the model was built for, None without a limit."""
-        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return None if found is None else int(found)
+        return most_positions(self.model.config)
 
     def ids(self, prompt: str) -> Tensor:
         """Token ids [1, t] of a plain prompt."""

@@ -132,7 +132,7 @@ def _check_format(version: Any) -> None:
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"this checkpoint has pbq format {version}, the installed pbq reads up to "
-            f"{FORMAT_VERSION}: upgrade with `pip install -U pbq-llm`"
+            f"{FORMAT_VERSION}: install a newer pbq"
         )
 
 

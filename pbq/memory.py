@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,7 +170,7 @@ def disk_bytes(
     return round(2 * count * bits / 8) + around + latents + states + start
 
 
-_CONTROL_GROUPS = "/sys/fs/cgroup"
+_CONTROL_GROUPS, _OWN_GROUPS = "/sys/fs/cgroup", Path("/proc/self/cgroup")
 
 
 def spills(state_bytes: int, budget: int | None) -> bool:
@@ -186,7 +187,9 @@ def budget(gib: float | None, device: torch.device, processes: int = 1) -> int:
         return int(gib * 2**30)
     if device.type == "cuda":
         return _IMPORTS_BYTES + torch.cuda.mem_get_info(device)[0]
-    held = psutil.Process().memory_info().rss
+    info = psutil.Process().memory_info()
+    # what it has of files is among what is free
+    held = info.rss - getattr(info, "shared", 0)
     free = min(psutil.virtual_memory().available, _left_in_control_group())
     return held + free // processes
 
@@ -200,28 +203,34 @@ def _left_in_control_group() -> int:
     left = 2**62
     for controller, limit, used, prefix in kinds:
         top = Path(_CONTROL_GROUPS) / controller
-        own = top / _own_group(controller)
+        own = top / _own_group(controller, _text(_OWN_GROUPS))
         # the limits of the groups around a group hold for it, too
         for group in (own, *(p for p in own.parents if p.is_relative_to(top))):
             try:
                 found = int((group / limit).read_text()) - int((group / used).read_text())
-                stat = dict(map(str.split, (group / "memory.stat").read_text().splitlines()))
             except (OSError, ValueError):  # no such group, or "max"
                 continue
             # files that were read or written: used, and given up as soon as memory is asked for
-            files = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
-            left = min(left, found + files)
+            kept = rf"^{prefix}(?:in)?active_file (\d+)$"
+            files = re.findall(kept, _text(group / "memory.stat"), re.MULTILINE)
+            left = min(left, found + sum(map(int, files)))
     return left
 
 
-def _own_group(controller: str) -> str:
-    """This process's group below the controller's root: version 1 by name, version 2 by none."""
+def _own_group(controller: str, groups: str) -> str:
+    """The group below the controller's root that /proc/self/cgroup names: "" if it is the root.
+
+    Lines of it are "4:cpu,memory:/a/b", or "0::/a/b" of version 2, which has no controllers.
+    """
+    found = [line.split(":", 2) for line in groups.splitlines()]
+    return next((path.strip("/") for _, of, path in found if controller in of.split(",")), "")
+
+
+def _text(file: Path) -> str:
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        return file.read_text()
     except OSError:
         return ""
-    found = [line.split(":", 2)[2] for line in lines if line.split(":", 2)[1] == controller]
-    return found[0].strip("/") if found else ""
 
 
 def whole_model_bytes(model: nn.Module) -> int:

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import pbq.hf  # packed models load too
-from pbq.errors import ModelError, PbqError, ResourceError, UsageError
+from pbq.errors import ModelError, PbqError, ResourceError, UsageError, is_out_of_memory
 from pbq.experts import routers
 from pbq.sources import Source, resolve_source
 from pbq.spill import HiddenStates
@@ -75,7 +75,7 @@ def outline(source: Source, trust_remote_code: bool = False) -> PreTrainedModel:
 
 
 def compute_dtype(source: Source, device: torch.device) -> torch.dtype:
-    """The checkpoint's own dtype; bfloat16 for GGUF, and for float16 where that can be multiplied.
+    """The checkpoint's own dtype; bfloat16 for GGUF, and for float16 where the device has that.
 
     CPUs have no fast float16, and the gradients of a distillation underflow in it. Raises
     ModelError.
@@ -86,14 +86,20 @@ def compute_dtype(source: Source, device: torch.device) -> torch.dtype:
         # the bare file: the dtype is no reason to run a model's own config code
         said, _ = PreTrainedConfig.get_config_dict(source.path)
         own = getattr(torch, said.get("dtype") or said.get("torch_dtype") or "bfloat16")
-    bfloat16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if own == torch.float16 and bfloat16 else own
+    return torch.bfloat16 if own == torch.float16 and _multiplies_bfloat16(device) else own
 
 
-def most_positions(model: Any) -> int | None:
-    """Of how many tokens a text may be at most, where the model's config says so."""
-    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return found
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Not by way of something else: GPUs of Nvidia from Ampere on do, AMD's, and any CPU."""
+    if device.type == "cuda":
+        return bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= 8
+    return device.type == "cpu"
+
+
+def most_positions(config: PreTrainedConfig) -> int | None:
+    """Tokens that the model was built for; None without a limit (ALiBi: bloom, mpt)."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(found) if found and found > 0 else None
 
 
 @contextmanager
@@ -103,10 +109,10 @@ def refusing(source: Source, what: str) -> Iterator[None]:
         yield
     except PbqError:
         raise
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ResourceError(f"{source.name}: not enough memory to load the model") from error
     # transformers, tokenizers, safetensors and json each raise their own; none is swallowed
     except Exception as error:
+        if is_out_of_memory(error):
+            raise ResourceError(f"{source.name}: not enough memory to load the model") from error
         said = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"{source.name}: {what}: {said:.300}") from error
 

@@ -156,7 +156,8 @@ def quantize(
 
         shared = opened() if ranks.count() == 1 else SharedWork(out, opened)
         with shared as work, _dropping_what_was_refused(work):
-            check_space(work.path, run.disk_bytes() - work.held_bytes())
+            held = work.held_bytes("block-") + work.held_bytes("start-")
+            check_space(work.path, run.disk_bytes() - held)
             shown.line(f"quantizing {report.coverage}")
             if not isinstance(shown, Silent):  # it takes a second to find out
                 shown.line(run.forecast())
@@ -204,7 +205,7 @@ class _Text:
 
 def _window(model: Any) -> int:
     """Tokens in a window: 2048 as in the papers, fewer in a model of fewer positions."""
-    return min(WINDOW, most_positions(model) or WINDOW)
+    return min(WINDOW, most_positions(model.config) or WINDOW)
 
 
 @contextmanager

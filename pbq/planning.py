@@ -10,6 +10,7 @@ import torch
 
 from pbq import methods
 from pbq.allocate import ChannelStats, PlanInput, stored_bits
+from pbq.calibrate import check_seqlen
 from pbq.config import QuantConfig
 from pbq.disk import size_text
 from pbq.experts import unfuse
@@ -93,6 +94,7 @@ def plan(
     unfuse(model)
     covered = check_coverage(model)
     block_name, blocks = find_blocks(model)
+    check_seqlen(config.seqlen, model)
     recipe = where_known(methods.recipe_of(method, config), blocks)
     shapes = {
         f"{block_name}.{i}.{linear}": (weight_of(module).shape[0], weight_of(module).shape[1])

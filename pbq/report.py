@@ -419,7 +419,7 @@ Options: {options}.
 
 ## Load
 
-With pbq, whose package is `pbq-llm` (`pbq` on PyPI is another project):
+With pbq installed (not PyPI's `pbq`, which is another project):
 
 ```python
 import pbq  # teaches transformers the packed layout

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pbq.evaluate import TokenizedText
+from pbq.models import most_positions
 
 PASSAGES = 3
 PROMPT_TOKENS = 24
@@ -43,7 +44,7 @@ def continuation(model: Any, tokenizer: Any, prompt: str) -> str:
     from transformers import GenerationConfig
 
     ids: Tensor = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = most_positions(model.config)
     room = NEW_TOKENS if positions is None else min(NEW_TOKENS, positions - ids.shape[1])
     if room < 1:
         return ""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pbq.disk import CheckpointError, read_json, reading, size_text
-from pbq.errors import ResourceError
+from pbq.errors import ResourceError, is_out_of_memory
 from pbq.models import compute_dtype, load_model, most_positions, pick_device
 from pbq.sources import resolve_source
 
@@ -68,7 +68,9 @@ def record(
         model, tokenizer = _load(out, device, trust_remote_code)
         ids = _ids(tokenizer, model)
         logits = _logits(model, ids)
-    except (MemoryError, ResourceError, torch.OutOfMemoryError) as error:
+    except Exception as error:
+        if not isinstance(error, ResourceError) and not is_out_of_memory(error):
+            raise
         log.warning("%s: no logits recorded, memory ran out (%s)", out, error)
         return
     top = logits.topk(min(TOP, logits.shape[-1]))
@@ -94,7 +96,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _ids(tokenizer: Any, model: Any) -> list[int]:
-    most = min(POSITIONS, most_positions(model) or POSITIONS)
+    most = min(POSITIONS, most_positions(model.config) or POSITIONS)
     found: list[int] = tokenizer(TEXT).input_ids[:most]
     return found
 

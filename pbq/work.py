@@ -112,9 +112,9 @@ class Work:
         """Saved artefacts, sorted; whether one is intact is known only to `has` and `load`."""
         return sorted(p.name.removesuffix(".safetensors") for p in self.path.glob("*.safetensors"))
 
-    def held_bytes(self) -> int:
-        """Of the saved artefacts: what a resumed run has on the disk already."""
-        return sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
+    def held_bytes(self, kind: str) -> int:
+        """Of the saved artefacts whose names begin so: a resumed run has them on the disk."""
+        return sum(file.stat().st_size for file in self.path.glob(f"{kind}*.safetensors"))
 
     def has(self, name: str) -> bool:
         """True when the artefact is there and intact; a damaged one is logged and is absent."""
@@ -205,10 +205,11 @@ class Work:
     def _claim(self, fingerprint: dict[str, str], fresh: bool) -> None:
         """Resume what is there if it is the same run; discard it if asked; else mark it as ours.
 
-        What has finished no step is no run to resume: another one takes its place.
+        What has saved nothing is no run to resume: another one takes its place.
         """
         file = self.path / _FINGERPRINT
-        if file.exists() and self.names() and not fresh:
+        begun = {p.name for p in self.path.iterdir()} - {_LOCK, _FINGERPRINT, f"{_FINGERPRINT}.tmp"}
+        if file.exists() and begun and not fresh:
             self._compare(file, fingerprint)
             self._sweep()
             return

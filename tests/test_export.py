@@ -80,15 +80,18 @@ def test_what_describes_the_packed_model_stays_with_it(
 
 
 def test_an_unfinished_run_beside_it_is_left_alone(
-    packed_checkpoint: Callable[[str], Path], tmp_path: Path
+    packed_checkpoint: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """`pbq quantize MODEL dense` works in dense.partial, for hours."""
+    (tmp_path / "dense.123-0.tmp").mkdir()
     block = tmp_path / "dense.partial" / "block-0.safetensors"
     block.parent.mkdir()
     block.write_text("hours")
     export(packed_checkpoint("llama"), tmp_path / "dense")
     assert block.read_text() == "hours"
-    assert {p.name for p in tmp_path.iterdir()} == {"dense", "dense.partial"}
+    assert f"{tmp_path / 'dense.123-0.tmp'} is there" in caplog.text
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"dense", "dense.partial", "dense.123-0.tmp"}
 
 
 def test_refusals_leave_nothing(

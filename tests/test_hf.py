@@ -305,7 +305,7 @@ def test_a_bias_may_be_added(
 
 def test_a_newer_format_says_how_to_go_on(changed: Path) -> None:
     edit_config(changed, lambda q: q.update(format=FORMAT_VERSION + 1))
-    with pytest.raises(ModelError, match=f"format {FORMAT_VERSION + 1}.*pip install -U pbq-llm"):
+    with pytest.raises(ModelError, match=f"format {FORMAT_VERSION + 1}.*install a newer pbq"):
         load(changed)
 
 

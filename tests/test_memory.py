@@ -167,9 +167,11 @@ def test_a_container_s_files_count_as_free(tmp_path: Path, monkeypatch: pytest.M
         (group / "memory.stat").write_text(stat)
 
     one, two = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")
-    monkeypatch.setattr(memory, "_own_group", lambda controller: "a/b")
+    monkeypatch.setattr(memory, "_own_group", lambda controller, groups: "a/b")
     limited(tmp_path / "a/b", two, ("max", 70), "anon 1\n")
     assert memory._left_in_control_group() == 2**62
+    limited(tmp_path / "a", two, ("1000", 900), "odd")
+    assert memory._left_in_control_group() == 100
     limited(tmp_path / "a", two, ("1000", 900), "anon 1\nactive_file 300\ninactive_file 200\n")
     assert memory._left_in_control_group() == 600
     limited(
@@ -179,14 +181,19 @@ def test_a_container_s_files_count_as_free(tmp_path: Path, monkeypatch: pytest.M
     assert memory._left_in_control_group() == 142
 
 
-def test_the_own_control_group_is_known() -> None:
-    groups = Path("/proc/self/cgroup")
-    if not groups.exists():
-        pytest.skip("control groups are Linux's")
-    for controller in ("", "memory"):
-        own = memory._own_group(controller)
-        assert not own.startswith("/")
-        assert f":{controller}:/{own}\n" in groups.read_text() or not own
+@pytest.mark.parametrize(
+    ("controller", "groups", "own"),
+    [
+        ("", "0::/user.slice/a:b\n", "user.slice/a:b"),
+        ("", "0::/\n", ""),
+        ("memory", "5:cpu,memory:/job/1\n0::/other\n", "job/1"),
+        ("", "5:cpu,memory:/job/1\n0::/other\n", "other"),
+        ("memory", "0::/other\n", ""),
+        ("memory", "", ""),
+    ],
+)
+def test_the_own_control_group_is_known(controller: str, groups: str, own: str) -> None:
+    assert memory._own_group(controller, groups) == own
 
 
 @pytest.fixture(scope="module")

@@ -387,9 +387,7 @@ def test_the_dtype_to_compute_in(broken: Path, monkeypatch: pytest.MonkeyPatch) 
     edit_json(broken / "config.json", dtype="float16")
     assert compute_dtype(source, cpu) == torch.bfloat16
     for has, dtype in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(
-            torch.cuda, "is_bf16_supported", lambda *, including_emulation, has=has: has
-        )
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda on, has=has: (7 + has, 5))
         assert compute_dtype(source, gpu) == dtype
     edit_json(broken / "config.json", dtype="float7")
     with pytest.raises(ModelError, match="m: unreadable config"):

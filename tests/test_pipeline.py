@@ -379,7 +379,7 @@ def test_segments_longer_than_the_model_reads_are_refused(
     tiny_checkpoint: Callable[[str], Path], config: QuantConfig, tmp_path: Path
 ) -> None:
     out, longer = tmp_path / "out", dataclasses.replace(config, seqlen=65)
-    with pytest.raises(UsageError, match="--seqlen 65: the model knows 64 positions"):
+    with pytest.raises(UsageError, match="--seqlen 65 is more than the model's 64 positions"):
         quantized(tiny_checkpoint("gpt2"), out, longer)
     assert nothing_at(out)
 

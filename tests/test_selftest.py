@@ -117,14 +117,22 @@ def test_a_model_beyond_the_memory_is_not_loaded_for_it(
     assert not (out / selftest.FILE_NAME).exists() and "do not fit into memory" in caplog.text
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+@pytest.mark.parametrize("where", ["_logits", "AutoModelForCausalLM.from_pretrained"])
 def test_memory_that_runs_out_costs_the_record_alone(
-    out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    where: str,
+    error: type[Exception],
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def full(*args: object) -> None:
-        raise torch.OutOfMemoryError("full")
+    """GPUs have an error of their own for it, CPUs have not."""
+
+    def full(*args: object, **options: object) -> None:
+        raise error("DefaultCPUAllocator: can't allocate memory")
 
     (out / selftest.FILE_NAME).unlink()
-    monkeypatch.setattr(selftest, "_logits", full)
+    monkeypatch.setattr(f"pbq.{'selftest' if where == '_logits' else 'models'}.{where}", full)
     with caplog.at_level(logging.WARNING, "pbq.selftest"):
         selftest.record(out)
-    assert not (out / selftest.FILE_NAME).exists() and "memory ran out (full)" in caplog.text
+    assert not (out / selftest.FILE_NAME).exists() and "memory ran out" in caplog.text

@@ -129,22 +129,23 @@ def test_another_run_is_refused_field_by_field(out: Path) -> None:
     with Work.open(out, PRINT) as work:
         assert work.has("block-0")
     with Work.open(out, changed, fresh=True) as work:
-        assert work.names() == [] and work.held_bytes() == 0
+        assert work.names() == [] and work.held_bytes("block-") == 0
     with Work.open(out, changed) as work:
         assert work.names() == []
         work.save("block-0", TENSORS, META)
-        assert work.held_bytes() == (work.path / "block-0.safetensors").stat().st_size
+        work.save("calibration", TENSORS, META)
+        assert work.held_bytes("block-") == (work.path / "block-0.safetensors").stat().st_size
 
 
 def test_a_run_that_finished_no_step_is_in_nobodys_way(out: Path) -> None:
     """It was refused, or stopped in its first seconds: the next one has other options."""
     Work.open(out, PRINT).close()
-    (partial(out) / "states").write_text("half a step")
-    with Work.open(out, {**PRINT, "seed": "1"}) as work:
-        assert not (work.path / "states").exists()
-        work.save("block-0", TENSORS, META)
+    Work.open(out, {**PRINT, "seed": "1"}).close()
+    # nor does it make a directory ours that holds anything else
+    (partial(out) / "thesis.txt").write_text("years")
     with pytest.raises(UsageError, match="seed: was 1, is now 0"):
         Work.open(out, PRINT)
+    assert (partial(out) / "thesis.txt").read_text() == "years"
 
 
 def test_a_damaged_fingerprint_is_refused(out: Path) -> None:
