@@ -418,6 +418,11 @@ class PbqQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return False
 
+    @property
+    def is_compileable(self) -> bool:
+        """Whether generate() may compile the decoding step, given a static cache on a GPU."""
+        return True
+
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | str | None = None
     ) -> PreTrainedModel:

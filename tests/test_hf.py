@@ -447,6 +447,7 @@ def test_the_shared_config_object_lists_every_packed_module(packed_model: Models
     model = packed_model("gpt2")
     config = model.config.quantization_config
     assert config is model.hf_quantizer.quantization_config
+    assert model.hf_quantizer.is_compileable
     assert set(config.layers) == {
         n for n, m in model.named_modules() if isinstance(m, PackedLinear)
     }

@@ -268,6 +268,20 @@ def test_compiles_with_inductor(packed: PackedWeight, bias: Tensor, compiled_ane
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x))
 
 
+def test_a_lookup_copies_nothing_to_the_device_twice(
+    random_packed: Callable[..., PackedWeight], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CUDA graph can record no such copy; what it replays has run before."""
+    tiers = [Tier(2, 40, tied=True), Tier(2, 23, tied=True, uneven=True, trellis=4)]
+    pw = random_packed(65, 63, tiers)
+    linear, ids = PackedLinear(pw.layout), torch.tensor([3, 1])
+    linear.load_state_dict(pw.tensors)
+    with torch.inference_mode():
+        first = linear.gather(ids, torch.float32)
+    monkeypatch.setattr(torch, "tensor", None)
+    assert torch.equal(linear.gather(ids, torch.float32), first)
+
+
 def test_generates_with_a_static_cache(
     packed_model: Callable[..., PreTrainedModel], compiled_anew: None
 ) -> None:

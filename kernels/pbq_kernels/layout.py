@@ -13,6 +13,7 @@ quantizer and every kernel: tensors only.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -551,6 +552,13 @@ def stored_scales(tensors: Mapping[str, Tensor]) -> Tensor:
     return scale.float()
 
 
+@functools.cache
+def _constant(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made once: no copy to a GPU may be recorded in a CUDA graph."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
 def expand_scales(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """Split the stored scales [n, S] into one float32 [n, groups, planes] per tier, ties resolved.
 
@@ -566,7 +574,7 @@ def expand_scales(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> list[T
         part = scale[:, start : start + tier.scales].unflatten(1, (tier.groups, -1))
         start += tier.scales
         if tier.tied:
-            part = part * torch.tensor(tier.weights, dtype=part.dtype, device=part.device)
+            part = part * _constant(tier.weights, part.dtype, part.device)
         out.append(part)
     return out
 

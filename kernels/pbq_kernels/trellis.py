@@ -58,9 +58,14 @@ def sums(planes: int, uneven: bool) -> tuple[tuple[int, int], ...]:
     return tuple(sorted(found))
 
 
+@cache
 def plane_codes(planes: int, uneven: bool, device: torch.device | str = "cpu") -> Tensor:
-    """The signs of each level's planes, levels rising: uint8 [2**planes]."""
-    return torch.tensor([s for _, s in sums(planes, uneven)], dtype=torch.uint8, device=device)
+    """The signs of each level's planes, levels rising: uint8 [2**planes], not to be changed.
+
+    Made once: no copy to a GPU may be recorded in a CUDA graph.
+    """
+    with torch.inference_mode(False):
+        return torch.tensor([s for _, s in sums(planes, uneven)], dtype=torch.uint8, device=device)
 
 
 def level_codes(stored: Tensor, memory: int, planes: int = 0) -> Tensor:

@@ -100,6 +100,11 @@ def _kernels() -> ModuleType:
 
 
 @functools.cache
+def _triton_release() -> tuple[int, ...]:
+    return tuple(int(part) for part in importlib.import_module("triton").__version__.split(".")[:2])
+
+
+@functools.cache
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4  # interpreted: as many splits as make sense
@@ -120,6 +125,8 @@ class TritonBackend:
             capability = torch.cuda.get_device_capability(device)
             if capability < (8, 0):
                 return f"it needs bfloat16 tensor cores (8.0), {device} has {capability}"
+            if _triton_release() < (3, 5):
+                return "it multiplies 8 tokens at once, which takes Triton 3.5 (torch 2.9) or later"
         return triton_layout.why_not(layout)
 
     def prepare(self, pw: PackedWeight) -> TritonWeight:
@@ -176,7 +183,7 @@ def _fused(x: Tensor, weight: TritonWeight) -> Tensor:
         OFFSETS=weight.offsets,
         BN=tile.rows,
         BM=tile.tokens,
-        WIDE=INTERPRETED,
+        WIDE=INTERPRETED and x.dtype == torch.bfloat16,
         enable_fp_fusion=True,
         **tile.options,
     )
@@ -220,7 +227,10 @@ def _dense(x: Tensor, weight: TritonWeight) -> Tensor:
     if not len(x) or not weight.steps:
         return x.new_zeros(len(x), weight.n)
     gathered, _ = _gather(x, weight, scaled=False)
-    parts = [torch.nn.functional.linear(gathered, rows) for rows in _dense_rows(weight, x.dtype)]
+    with torch.autocast(x.device.type, enabled=False):  # the result has x's dtype, whatever asks
+        parts = [
+            torch.nn.functional.linear(gathered, rows) for rows in _dense_rows(weight, x.dtype)
+        ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
@@ -279,7 +289,8 @@ class _Multiply(torch.autograd.Function):
         (grad,) = grads
         weight: TritonWeight = ctx.weight
         flat = grad.reshape(-1, weight.n)
-        stored = torch.zeros(len(flat), len(weight.column), device=grad.device)
+        columns = len(weight.column)
+        stored = torch.zeros(len(flat), columns, dtype=torch.float32, device=grad.device)
         begin = 0
         for rows in _dense_rows(weight, grad.dtype):
             stored += flat[:, begin : begin + len(rows)] @ rows

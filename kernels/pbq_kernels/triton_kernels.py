@@ -1,7 +1,7 @@
 """The Triton kernels. docs/kernels.md, section "GPU", describes the layout that they read.
 
-Each also runs in Triton's interpreter (TRITON_INTERPRET=1), which rounds no bfloat16 arithmetic:
-WIDE then asks for the one such operation in float32.
+Each also runs in Triton's interpreter (TRITON_INTERPRET=1), which has no bfloat16 arithmetic: WIDE
+then asks for the one such operation in float32.
 """
 
 # mypy: allow-untyped-defs
@@ -51,24 +51,30 @@ def _signed(
 ):
     """Steps of int32 words [r, w] from `first` on, dtype [r, STEPS * 2 * w].
 
-    Two at a time. One bit turns the sign of `minus`. More become the mantissa of a number whose
-    exponent makes the last place a two; what that adds is subtracted, exactly, which leaves the odd
-    integers 2*code - (2**WIDTH - 1).
+    Two at a time. One bit turns the sign of `minus`. More become the mantissa, but for its last
+    place, of a number whose exponent makes that a one; what this adds is subtracted, which leaves
+    the odd integers 2*code - (2**WIDTH - 1). All of it is exact: what is subtracted is odd, and
+    where the last place is a two there is no such number.
     """
     step = first + tl.arange(0, STEPS)[None, :, None]
     if WIDTH == 1:
         pair = ((words[:, None, :] << (15 - step)) & -0x7FFF8000) ^ minus
     else:
-        large: tl.constexpr = 0x68006800 if dtype == tl.float16 else 0x43804380
-        pair = ((words[:, None, :] >> (WIDTH * step)) & (((1 << WIDTH) - 1) * 0x10001)) | large
+        large: tl.constexpr = 0x64006400 if dtype == tl.float16 else 0x43004300
+        # steps are known when this is compiled, and so is which of the two it is
+        down = words[:, None, :] >> tl.maximum(WIDTH * step - 1, 0)
+        field = tl.where(step == 0, words[:, None, :] << 1, down)
+        pair = (field & (((1 << WIDTH) - 1) * 0x20002)) | large
     halves = tl.join(pair.to(tl.int16), (pair >> 16).to(tl.int16))
     values = halves.reshape(words.shape[0], STEPS * 2 * words.shape[1]).to(dtype, bitcast=True)
     if WIDTH > 1:
-        excess: tl.constexpr = (2048 if dtype == tl.float16 else 256) + (1 << WIDTH) - 1
+        excess = tl.full(
+            values.shape, (1024 if dtype == tl.float16 else 128) + (1 << WIDTH) - 1, dtype
+        )
         if WIDE:
-            values = (values.to(tl.float32) - excess).to(dtype)
+            values = (values.to(tl.float32) - excess.to(tl.float32)).to(dtype)
         else:
-            values = values - tl.full(values.shape, excess, dtype)
+            values = values - excess
     return values
 
 

@@ -467,7 +467,7 @@ def _overlay(pw: PackedWeight, column: Tensor) -> Overlay:
     below = dequantize(PackedWeight(planes, bare))
     delta = tensors["overlay_value"].float() * tensors["overlay_scale"].float()[rows]
     delta -= below[rows, columns]
-    scale = torch.zeros(layout.n, device=delta.device)
+    scale = torch.zeros(layout.n, dtype=torch.float32, device=delta.device)
     scale.scatter_reduce_(0, rows, delta.abs(), "amax")
     start = torch.zeros(layout.n + 1, dtype=torch.int32, device=delta.device)
     start[1:] = torch.cumsum(tensors["overlay_count"], 0)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import pbq_kernels
-from pbq_kernels import PackedWeight, Tier, WeightLayout, select
+from pbq_kernels import PackedWeight, Tier, WeightLayout, select, triton_backend
 from pbq_kernels.reference import dequantize
 from pbq_kernels.trellis import POLYNOMIALS, sums
 from pbq_kernels.triton_backend import (
@@ -347,6 +347,14 @@ def test_is_first_choice_on_a_gpu(
     assert "slow reference on the GPU: triton: it needs bfloat16 tensor cores" in warning
     with pytest.raises(ValueError, match=r"'triton' cannot be used here: it needs bfloat16"):
         select(layout, gpu, "triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("pbq_kernels.triton_backend._triton_release", lambda: (3, 4))
+    with pytest.raises(ValueError, match=r"takes Triton 3\.5"):
+        select(layout, gpu, "triton")
+
+
+def test_its_release_is_a_pair_of_numbers() -> None:
+    assert triton_backend._triton_release() >= (3, 5)
 
 
 def test_a_missing_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
