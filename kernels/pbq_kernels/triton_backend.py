@@ -61,7 +61,7 @@ class Config:
 # A config serves as many tokens as it has, the last one any number of them. AMD's matrix
 # instructions have no 8 columns.
 CONFIGS = {
-    "cuda": (Config(8, 32, 2, 4), Config(16, 32, 2, 3), Config(32, 64, 4, 2)),
+    "cuda": (Config(8, 32, 2, 4), Config(16, 32, 2, 3, registers=128), Config(32, 64, 4, 2)),
     "hip": (Config(16, 32, 2, 2), Config(32, 64, 4, 2)),
 }
 # Where there are groups of scales. Left to itself, ptxas gives a thread so few registers that it
