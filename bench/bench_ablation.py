@@ -82,7 +82,8 @@ class Ablated(Waterfill):
         )
 
     def fit(self, W: Tensor, weight: Tensor, tier: Tier, row: Tensor) -> Grid:
-        return _unfitted(W, tier) if self.row == UNFITTED else super().fit(W, weight, tier, row)
+        unfitted = self.row == UNFITTED and tier.trellis  # dropped columns have no scale
+        return _unfitted(W, tier) if unfitted else super().fit(W, weight, tier, row)
 
     def _one_mix(
         self, layers: Mapping[str, PlanInput], config: QuantConfig
