@@ -103,6 +103,8 @@ def on_a_tiny_model(words: list[str]) -> list[str]:
     words = ["4" if before == "--bits" else word for before, word in zip(["", *words], words)]  # noqa: B905
     if words[0] == "quantize" and "--recipe" not in words:
         words += SMALL
+    if words[0] == "plan":
+        words += ["--seqlen", "16"]
     if words[0] == "finetune":
         words += ["--steps", "2", "--nsamples", "4", "--seqlen", "16"]
     return words + (["--window", "32"] if words[0] == "eval" else [])
