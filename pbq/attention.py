@@ -82,7 +82,7 @@ def _plain(module: nn.Module, query: Tensor, key: Tensor, mask: Any, more: dict[
 
 def _ours(query: Tensor, key: Tensor, value: Tensor) -> Callable[..., Tensor] | None:
     """What is faster on this CPU than torch's own, if anything is."""
-    if not _torch_has_tiles():
+    if not torch_has_tiles():
         return causal if _multiplies_bfloat16() else None
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     alike = query.shape[-1] == value.shape[-1]
@@ -90,7 +90,8 @@ def _ours(query: Tensor, key: Tensor, value: Tensor) -> Callable[..., Tensor] | 
 
 
 @cache
-def _torch_has_tiles() -> bool:
+def torch_has_tiles() -> bool:
+    """Does torch multiply bfloat16 by AMX on this CPU?"""
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 

@@ -11,14 +11,17 @@ import torch
 
 from pbq import methods, preprocessing
 from pbq.allocate import ChannelStats, PlanInput
+from pbq.attention import torch_has_tiles
 from pbq.calibrate import STATISTICS_ROWS, most_rows
 from pbq.config import QuantConfig
 from pbq.sensitivity import HESSIAN_TOKENS, LENGTH, SEGMENTS, quicker
 from pbq.tune import STEP_TOKENS, Recipe
 
 # Share of the speed of bare matmuls that whole stages reach, attention, rounding and optimiser
-# included. Measured with SmolLM2-135M on two cores (docs/methods.md).
+# included. Measured with SmolLM2-135M on two cores (docs/methods.md). Of bfloat16 on a CPU with
+# AMX, whose tiles outrun what is around them, less.
 EFFICIENCY = 0.6
+EFFICIENCY_OF_TILES = 0.3
 # Linears of a block that share their input share its second moments: 4 inputs for 7 linears.
 INPUTS_PER_LINEAR = 4 / 7
 # How many linears of a block are rounded at once, on average: those of one input are (threads.py).
@@ -35,7 +38,7 @@ class Speed:
     """How fast this machine is.
 
     model, single: floating-point operations a second of a large matmul, in the model's dtype and
-    in float32.
+    in float32. reached: share of `model` that whole stages reach.
     column, entry: seconds that rounding takes beside its matmuls, for each column of a linear
     (calls to small operations, whose size hardly matters) and each weight. quicker: what is left of
     either as sensitivities round.
@@ -46,6 +49,7 @@ class Speed:
     column: float = 0.0
     entry: float = 0.0
     quicker: float = 1.0
+    reached: float = EFFICIENCY
 
     @staticmethod
     def measure(
@@ -53,6 +57,8 @@ class Speed:
     ) -> Speed:
         """Takes about a second. Weights in the product form round no columns."""
         found = Speed(_matmul_rate(dtype, device), _matmul_rate(torch.float32, device))
+        if device.type == "cpu" and dtype == torch.bfloat16 and torch_has_tiles():
+            found = dataclasses.replace(found, reached=EFFICIENCY_OF_TILES)
         if recipe.factors:
             return found
         config = dataclasses.replace(config, bits=max(config.bits, TRIAL_BITS))
@@ -119,6 +125,9 @@ def seconds(
     A forward pass takes 2 operations a weight and token, a backward pass 4. Calibration text that
     is sampled from the model, and scoring, are not included.
     """
+    speed = dataclasses.replace(
+        speed, model=speed.model * speed.reached, single=speed.single * EFFICIENCY
+    )
     weights = sum(n * k for n, k in shapes.values())
     rows = most_rows(config, recipe)
     tokens = rows * config.seqlen
@@ -158,7 +167,6 @@ def seconds(
             seen = round(seen * seen / (tokens + seen))
         operations += 2 * weights * seen
         found["distillation"] = operations / speed.model
-    found = {stage: time / EFFICIENCY for stage, time in found.items()}
     columns = sum(k * speed.column + n * k * speed.entry for n, k in shapes.values())
     columns /= TOGETHER if torch.get_num_threads() > 1 else 1
     for stage, share in ("blocks", 1.0), ("sensitivities", speed.quicker):

@@ -188,7 +188,7 @@ def test_a_machine_where_torch_is_faster_is_left_to_it(monkeypatch):
     ],
 )
 def test_what_is_fastest_is_chosen(tiles, compiled, trained, widths, wanted, monkeypatch):
-    monkeypatch.setattr(attention, "_torch_has_tiles", lambda: tiles)
+    monkeypatch.setattr(attention, "torch_has_tiles", lambda: tiles)
     monkeypatch.setattr(attention, "has_tiles", lambda: compiled)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     (query, key, value), _ = inputs((1, 4, 2, 40, *widths), torch.bfloat16)
