@@ -110,10 +110,8 @@ def _torch_tells_sums() -> bool:
 
     Before 2.9 or 2.10 it took keys to have as many heads as queries, and read beyond them.
     """
-    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    return release >= (2, 10) and hasattr(
-        torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"
-    )
+    known = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+    return known and torch.__version__ >= "2.10"
 
 
 def causal_by_tiles(

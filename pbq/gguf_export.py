@@ -21,9 +21,8 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 
 from pbq import hf
 from pbq.disk import check_space, read_json, size_text, unused, writing
-from pbq.embedding import PackedHead
 from pbq.errors import ModelError, UsageError
-from pbq.linear import PackedLinear, PackedModule
+from pbq.linear import PackedModule
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -217,7 +216,7 @@ def _candidates(
         return [FLOATS[dtype]], max_error
     if module is None:
         return list(FLOATS.values()), 0.0
-    if not isinstance(module, PackedLinear) or isinstance(module, PackedHead):
+    if not hf.is_packed_linear(module):
         return list(FLOATS.values()), max_error
     return [*BLOCKS, *FLOATS.values()] if dtype == SMALLEST else [dtype.upper()], max_error
 

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -162,10 +162,15 @@ def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedModule]]:
             yield name, module
 
 
+def is_packed_linear(module: nn.Module | None) -> TypeGuard[PackedLinear]:
+    """Is it a quantized linear of a block? Embeddings and head are not."""
+    return isinstance(module, PackedLinear) and not isinstance(module, PackedHead)
+
+
 def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
-    """The quantized linears of a model, by name: embeddings and head are not among them."""
+    """The quantized linears of a model, by name."""
     for name, module in packed_modules(model):
-        if isinstance(module, PackedLinear) and not isinstance(module, PackedHead):
+        if is_packed_linear(module):
             yield name, module
 
 

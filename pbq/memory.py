@@ -170,7 +170,7 @@ def disk_bytes(
     return round(2 * count * bits / 8) + around + latents + states + start
 
 
-_CONTROL_GROUPS, _OWN_GROUPS = "/sys/fs/cgroup", Path("/proc/self/cgroup")
+_CONTROL_GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def spills(state_bytes: int, budget: int | None) -> bool:
@@ -200,10 +200,10 @@ def _left_in_control_group() -> int:
         ("", "memory.max", "memory.current", ""),
         ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     )
-    left = 2**62
+    left, groups = 2**62, _text(_OWN_GROUPS)
     for controller, limit, used, prefix in kinds:
-        top = Path(_CONTROL_GROUPS) / controller
-        own = top / _own_group(controller, _text(_OWN_GROUPS))
+        top = _CONTROL_GROUPS / controller
+        own = top / _own_group(controller, groups)
         # the limits of the groups around a group hold for it, too
         for group in (own, *(p for p in own.parents if p.is_relative_to(top))):
             try:

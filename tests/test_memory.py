@@ -157,7 +157,7 @@ def test_the_budget_is_what_is_asked_for_or_there(monkeypatch: pytest.MonkeyPatc
 
 def test_a_container_s_files_count_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its limit less what is used, but for files that are only kept in case; nearest or around."""
-    monkeypatch.setattr(memory, "_CONTROL_GROUPS", str(tmp_path))
+    monkeypatch.setattr(memory, "_CONTROL_GROUPS", tmp_path)
     assert memory._left_in_control_group() == 2**62
 
     def limited(group: Path, names: tuple[str, str], numbers: tuple[str, int], stat: str) -> None:
