@@ -11,11 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trial import Trial, Watch, clear, contents, partial, wait
+from trial import PATIENCE, Trial, Watch, clear, contents, ended, partial, wait
 
 KILLED = -signal.SIGKILL
-# A run that hangs would be waited for in vain.
-PATIENCE = 120.0
 AIMS = ("calibrate", "reconstruct", "refine", "distil", "write")
 
 
@@ -76,13 +74,17 @@ def durations(trial: Trial, out: Path) -> dict[str, float]:
     child = trial.start(out, sabotage=watch.install)
     longest: dict[str, float] = {}
     stage, entries, since = watch.read()
-    while os.waitpid(child, os.WNOHANG)[0] == 0:
+    until = time.monotonic() + PATIENCE
+    while not ended(child):
+        if time.monotonic() > until:
+            trial.give_up(child, out)
         now, count, at = watch.read()
         if count != entries:
             longest[stage] = max(longest.get(stage, 0.0), at - since)
             stage, entries, since = now, count, at
         time.sleep(0.0005)
     longest[stage] = time.monotonic() - since
+    wait(child)
     clear(out)
     return {aim: longest.get(aim, 0.0) for aim in AIMS}
 
@@ -98,8 +100,7 @@ def kill_in(trial: Trial, out: Path, aim: str, delay: float, skip: int) -> str |
     until, seen, last = time.monotonic() + PATIENCE, 0, -1
     while not ended(child):
         if time.monotonic() > until:
-            os.kill(child, signal.SIGKILL)
-            raise TimeoutError(f"a run into {out} does not end")
+            trial.give_up(child, out)
         stage, entries, _ = watch.read()
         late = stage == "write" and aim != "write"
         if stage == aim and entries != last:
@@ -111,8 +112,3 @@ def kill_in(trial: Trial, out: Path, aim: str, delay: float, skip: int) -> str |
     stage = watch.read()[0]
     os.kill(child, signal.SIGKILL)
     return stage if wait(child) == KILLED else None
-
-
-def ended(child: int) -> bool:
-    """Without reaping it: its exit code is still to be asked for."""
-    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kills import PATIENCE, ended
-from trial import Trial, clear, contents, wait
+from trial import PATIENCE, Trial, clear, contents, ended, wait
 
 RESOURCE = 5
 # Seconds until torchrun sees that a process is gone.

@@ -6,11 +6,13 @@ of them take minutes; from there on it is what the console script does.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import mmap
 import os
 import re
 import shutil
+import signal
 import struct
 import sys
 import time
@@ -18,7 +20,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -27,6 +29,8 @@ from pbq.cli import app
 
 # The command imports it late; here it must be there before the first fork.
 assert pipeline
+# Seconds for a run of a second or two: one that hangs says where (its log), and is killed.
+PATIENCE = 60.0
 # What the stages of a run are called there, and here. "refine" is the tuning of a block.
 STAGES = {
     "load the model": "load",
@@ -151,6 +155,7 @@ class Trial:
             log = os.open(self.log(out), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1)
             os.dup2(log, 2)
+            faulthandler.dump_traceback_later(PATIENCE - 5, exit=False)
             sys.argv = ["pbq", *self.command(out, *options)]
             work.KEEP_SECONDS = work.KEEP_SHARE = 0.0
             # half of such a run: the page is made from report.json alone, with tests of its own
@@ -164,8 +169,19 @@ class Trial:
             os._exit(code)
 
     def run(self, out: Path, *options: str, sabotage: Callable[[], object] = lambda: None) -> int:
-        """Exit code of a run; -9 when it was killed."""
-        return wait(self.start(out, *options, sabotage=sabotage))
+        """Exit code of a run; -9 when it was killed. Raises TimeoutError when it hangs."""
+        child = self.start(out, *options, sabotage=sabotage)
+        until = time.monotonic() + PATIENCE
+        while not ended(child):
+            if time.monotonic() > until:
+                self.give_up(child, out)
+            time.sleep(0.002)
+        return wait(child)
+
+    def give_up(self, child: int, out: Path) -> NoReturn:
+        os.kill(child, signal.SIGKILL)
+        wait(child)
+        raise TimeoutError(f"a run into {out} does not end:\n{self.log(out).read_text()}")
 
     def log(self, out: Path) -> Path:
         """What the last run into `out` printed."""
@@ -174,6 +190,11 @@ class Trial:
 
 def wait(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def ended(child: int) -> bool:
+    """Without reaping it: its exit code is still to be asked for."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def partial(out: Path) -> Path:
