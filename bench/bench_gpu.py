@@ -206,13 +206,16 @@ def decode_seconds(model: nn.Module, prompt: int = 128) -> float:
     """Median seconds of a greedy step with a static cache, replayed from a CUDA graph."""
     from transformers import StaticCache
 
+    from pbq.models import cache_name
+
     cache = StaticCache(config=model.config, max_cache_len=1024)
+    kept = {cache_name(model): cache}
     ids = torch.randint(model.config.vocab_size, (1, prompt), device="cuda")
-    token = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+    token = model(ids, **kept).logits[:, -1:].argmax(-1)
 
     def step() -> None:
         # the cache counts its tokens on the GPU: every replay is one position further
-        token.copy_(model(token, past_key_values=cache).logits.argmax(-1))
+        token.copy_(model(token, **kept).logits.argmax(-1))
 
     return graph_seconds([step])
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers.cache_utils import Cache
 
-from pbq.models import compute_dtype, load_model
+from pbq.models import cache_name, compute_dtype, load_model
 from pbq.own_text import DOCUMENT, _attention_over_room, _draw, _make_room
 from pbq.sources import resolve_source
 
@@ -36,7 +36,7 @@ def seconds(call: Callable[..., Any], *given: Any) -> float:
 
 def grown(model: Any, token: Tensor, length: int) -> Cache:
     """Keys and values of `length` tokens, all of them those of the first."""
-    cache: Cache = model(token, use_cache=True).past_key_values
+    cache: Cache = model(token, use_cache=True)[cache_name(model)]
     for i, layer in enumerate(cache.layers):
         cache.update(*(x.expand(-1, -1, length - 1, -1) for x in (layer.keys, layer.values)), i)
     return cache
@@ -45,12 +45,12 @@ def grown(model: Any, token: Tensor, length: int) -> Cache:
 def sampled(model: Any, token: Tensor, cache: Cache, generator: torch.Generator) -> Tensor:
     """One token more, as `sample_from_model` makes it."""
     with _attention_over_room():
-        out = model(token, past_key_values=cache, use_cache=True)
+        out = model(token, use_cache=True, **{cache_name(model): cache})
     return _draw(out.logits[:, -1], generator, 0)
 
 
 def plain(model: Any, token: Tensor, cache: Cache, generator: torch.Generator) -> Tensor:
-    out = model(token, past_key_values=cache, use_cache=True)
+    out = model(token, use_cache=True, **{cache_name(model): cache})
     total = out.logits[:, -1].float().softmax(-1).cumsum(-1)
     drawn = torch.rand(len(total), 1, generator=generator) * total[:, -1:]
     return torch.searchsorted(total, drawn, right=True).clamp_max(total.shape[1] - 1)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pbq_kernels.attention import attention_back, has_tiles
+from pbq_kernels.cpu import multiplies_bfloat16
 
 # Queries taken together, with all keys up to the last of them: few enough that little is computed
 # for later tokens and that what they make stays in a CPU's cache.
@@ -39,7 +40,8 @@ def fast_attention() -> Iterator[None]:
     """Whole texts in bfloat16 on a CPU are attended to in a third of the time that torch takes.
 
     With AMX torch takes 3.6 ms for 1,024 tokens, 9 heads of 64, but 21 for their gradients: there
-    these alone are made here, in 6. Masks, caches, dropout and other dtypes are left to torch.
+    these alone are made here, in 6. On CPUs that cannot multiply bfloat16 these take an eighth of
+    torch's time, by way of float32. Masks, caches, dropout and other dtypes are left to torch.
     Not for what is scored: without AMX weights are rounded to bfloat16 before they are
     exponentiated, as in transformers' "eager", which moves the logits of a bfloat16 model by a
     fraction of what bfloat16 does.
@@ -82,26 +84,20 @@ def _plain(module: nn.Module, query: Tensor, key: Tensor, mask: Any, more: dict[
 
 def _ours(query: Tensor, key: Tensor, value: Tensor) -> Callable[..., Tensor] | None:
     """What is faster on this CPU than torch's own, if anything is."""
-    if not torch_has_tiles():
-        return causal if _multiplies_bfloat16() else None
+    if not torch_has_tiles() and multiplies_bfloat16():
+        return causal
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    alike = query.shape[-1] == value.shape[-1]
-    return causal_by_tiles if trained and alike and has_tiles() and _torch_tells_sums() else None
+    if not trained or query.shape[-1] != value.shape[-1] or not _torch_tells_sums():
+        return None
+    if not torch_has_tiles():
+        return causal_by_float32
+    return causal_by_tiles if has_tiles() else None
 
 
 @cache
 def torch_has_tiles() -> bool:
     """Does torch multiply bfloat16 by AMX on this CPU?"""
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
-
-
-@cache
-def _multiplies_bfloat16() -> bool:
-    """Or does this CPU go by way of float32, or take one number after the other?
-
-    A torch without oneDNN, as for macOS, has not even the question.
-    """
-    return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)())
 
 
 @cache
@@ -121,15 +117,50 @@ def causal_by_tiles(
     scaling: float | None = None,
 ) -> Float[Tensor, "b h L d"]:
     """`causal` as torch makes it where there is AMX, with gradients of attention.c."""
+    return _torchs(query, key, value, scaling, attention_back)
+
+
+def causal_by_float32(
+    query: Float[Tensor, "b h L d"],
+    key: Float[Tensor, "b g L d"],
+    value: Float[Tensor, "b g L d"],
+    scaling: float | None = None,
+) -> Float[Tensor, "b h L d"]:
+    """`causal` as torch makes it, with torch's own gradients of float32."""
+    return _torchs(query, key, value, scaling, _back_by_float32)
+
+
+def _back_by_float32(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    gradient: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `attention_back`."""
+    back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    wide = (x.float() for x in (gradient, query, key, value, out))
+    of_query, of_key, of_value = back(*wide, sums, 0.0, True, scale=scaling)
+    return of_query.to(query.dtype), of_key.to(key.dtype), of_value.to(value.dtype)
+
+
+def _torchs(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, back: Callable[..., Any]
+) -> Tensor:
+    """back: of query, key, value, out, sums, gradient and scaling, the three gradients."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = _Tiled.apply(query, key, value, scaling)
+    out = _Torchs.apply(query, key, value, scaling, back)
     assert isinstance(out, Tensor)
     return out
 
 
-class _Tiled(torch.autograd.Function):
+class _Torchs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, back: Any
+    ) -> Tensor:
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         # it takes numbers of a head to lie side by side, and does not look
         query, key, value = (
@@ -137,15 +168,15 @@ class _Tiled(torch.autograd.Function):
         )
         out, sums = attend(query, key, value, 0.0, True, scale=scaling)
         ctx.save_for_backward(query, key, value, out, sums)
-        ctx.scaling = scaling
+        ctx.scaling, ctx.back = scaling, back
         assert isinstance(out, Tensor)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, sums = ctx.saved_tensors
-        found = attention_back(query, key, value, out, sums, gradient, ctx.scaling)
-        return *found, None
+        found = ctx.back(query, key, value, out, sums, gradient, ctx.scaling)
+        return *found, None, None
 
 
 def causal(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pbq import ranks
 from pbq.allocate import ChannelStats
+from pbq.bfloat16 import fast_products
 from pbq.config import QuantConfig
 from pbq.errors import DataError, NumericalError, UsageError
 from pbq.experts import borrowing
@@ -339,7 +340,7 @@ def channel_stats(
     )
     device, done = next(model.parameters()).device, 0
     try:
-        with torch.set_grad_enabled(gradients), borrowing(model):
+        with torch.set_grad_enabled(gradients), borrowing(model), fast_products():
             every = batches(ids.to(device), batch)
             for rows in (every[i] for i in ranks.mine(len(every))):
                 if gradients:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from pbq.bfloat16 import fast_products
 from pbq.models import run_tail, weight_of
 from pbq.pack import pack, unpack
 from pbq.spill import HiddenStates
@@ -100,6 +101,7 @@ def distil_model(
 
 
 @torch.no_grad()
+@fast_products()
 def last_hidden(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor) -> Tensor:
     """What the last block makes of ids [b, L]: [b, L, d]."""
     found: list[Tensor] = []
@@ -149,5 +151,6 @@ class Functional:
         for name, gain in gains.items():
             self._parameters[name] = gain.to(module.get_parameter(name).dtype)
 
+    @fast_products()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return functional_call(self._module, self._parameters, args, kwargs)

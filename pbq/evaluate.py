@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pbq.bfloat16 import fast_products
 from pbq.errors import DataError, NumericalError, ResourceError, UsageError
 from pbq.models import most_positions
 
@@ -204,7 +205,8 @@ def perplexity(
     try:
         for done in range(windows):
             ids = text.ids[done * window : (done + 1) * window]
-            with torch.no_grad(), _out_of_memory_named("a smaller --window, or --device cpu"):
+            naming = _out_of_memory_named("a smaller --window, or --device cpu")
+            with torch.no_grad(), fast_products(), naming:
                 if logits_of is None:
                     logits = model(ids[None].to(model.device), use_cache=False).logits[0]
                 else:
@@ -392,7 +394,7 @@ def run_tasks(
             softmax_dtype="float32",
         )
     try:
-        with _out_of_memory_named("a smaller --batch-size"):
+        with _out_of_memory_named("a smaller --batch-size"), fast_products():
             outcome = simple_evaluate(
                 model=lm,
                 tasks=list(tasks.tasks),

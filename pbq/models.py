@@ -6,6 +6,7 @@ split, the calling convention of each block by recording it, shared inputs by lo
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import pbq.hf  # packed models load too
+from pbq.bfloat16 import fast_products
 from pbq.errors import ModelError, PbqError, ResourceError, UsageError, is_out_of_memory
 from pbq.experts import routers
 from pbq.sources import Source, resolve_source
@@ -86,14 +88,20 @@ def compute_dtype(source: Source, device: torch.device) -> torch.dtype:
         # the bare file: the dtype is no reason to run a model's own config code
         said, _ = PreTrainedConfig.get_config_dict(source.path)
         own = getattr(torch, said.get("dtype") or said.get("torch_dtype") or "bfloat16")
-    return torch.bfloat16 if own == torch.float16 and _multiplies_bfloat16(device) else own
+    return torch.bfloat16 if own == torch.float16 and _prefers_bfloat16(device) else own
 
 
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    """Not by way of something else: GPUs of Nvidia from Ampere on do, AMD's, and any CPU."""
+def _prefers_bfloat16(device: torch.device) -> bool:
+    """It is no slower than float16: on GPUs of Nvidia from Ampere on, on AMD's, and on any CPU."""
     if device.type == "cuda":
         return bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= 8
     return device.type == "cpu"
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """Of a model's argument, and output, for keys and values: transformers 5.24 changed it."""
+    known = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def most_positions(config: PreTrainedConfig) -> int | None:
@@ -322,6 +330,7 @@ class Recording:
     calls: list[list[Call]] = field(default_factory=list)
 
 
+@fast_products()
 def run_block(block: Callable[..., Any], hidden: Tensor, call: Call) -> Tensor:
     """hidden [b, L, d] -> the block's output [b, L, d], be it returned bare or in a tuple.
 
@@ -333,6 +342,7 @@ def run_block(block: Callable[..., Any], hidden: Tensor, call: Call) -> Tensor:
 
 
 @torch.no_grad()
+@fast_products()
 def record_calls(
     model: PreTrainedModel,
     blocks: nn.ModuleList,
@@ -355,6 +365,7 @@ def record_calls(
 
 
 @torch.no_grad()
+@fast_products()
 def run_tail(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor, hidden: Tensor) -> Tensor:
     """Logits [b, L, vocabulary] of `hidden` [b, L, d], the output of the last block for `ids`.
 

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from pbq.attention import Attention, attention_as
+from pbq.bfloat16 import fast_products
 from pbq.errors import NumericalError
+from pbq.models import cache_name
 
 Progress = Callable[[int, int], None]
 # Tokens of a document: many short texts say more of the model than few long ones, and cost less
@@ -109,12 +111,13 @@ def _cache_bytes(model: PreTrainedModel) -> int:
 
 def _continued(model: PreTrainedModel, ids: list[Tensor], length: int) -> Iterator[Tensor]:
     """Logits [b, vocabulary] behind the last of `ids` [b, 1], to which the caller adds one each."""
+    name = cache_name(model)
     cache = None
     while len(ids) < length:
-        with _attention_over_room():
-            out = model(ids[-1], past_key_values=cache, use_cache=True)
+        with _attention_over_room(), fast_products():
+            out = model(ids[-1], use_cache=True, **{name: cache})
         if cache is None:
-            cache = out.past_key_values
+            cache = out[name]
             _make_room(cache, length)
         yield out.logits[:, -1]
 

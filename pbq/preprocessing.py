@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pbq import hf
+from pbq.bfloat16 import fast_products
 from pbq.errors import UsageError
 from pbq.models import find_blocks, find_linears
 from pbq.tune import STEP_TOKENS, Progress, Schedule, held_out
@@ -88,6 +89,7 @@ def _check_fits(packed: str, own: nn.ModuleList, blocks: nn.ModuleList) -> None:
         raise UsageError(f"--preprocess {packed}: not made from this model; its blocks differ")
 
 
+@fast_products()
 def _train(
     model: Any, rows: Sequence[Tensor], steps: int, progress: Progress | None
 ) -> tuple[float, float]:

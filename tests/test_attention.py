@@ -7,7 +7,14 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pbq import attention
-from pbq.attention import QUERIES, causal, causal_by_tiles, fast_attention
+from pbq.attention import (
+    QUERIES,
+    _torch_tells_sums,
+    causal,
+    causal_by_float32,
+    causal_by_tiles,
+    fast_attention,
+)
 from pbq.own_text import _attention_over_room
 from pbq_kernels.attention import has_tiles
 
@@ -177,42 +184,58 @@ def test_a_machine_where_torch_is_faster_is_left_to_it(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tiles", "compiled", "trained", "widths", "wanted"),
+    ("unit", "compiled", "trained", "widths", "wanted"),
     [
-        (False, True, True, (8, 8), "causal"),
-        (False, True, False, (8, 16), "causal"),
-        (True, True, True, (8, 8), "causal_by_tiles"),
-        (True, True, False, (8, 8), None),
-        (True, True, True, (8, 16), None),
-        (True, False, True, (8, 8), None),
+        ("bfloat16", True, True, (8, 8), "causal"),
+        ("bfloat16", True, False, (8, 16), "causal"),
+        ("tiles", True, True, (8, 8), "causal_by_tiles"),
+        ("tiles", True, False, (8, 8), None),
+        ("tiles", True, True, (8, 16), None),
+        ("tiles", False, True, (8, 8), None),
+        ("", True, True, (8, 8), "causal_by_float32"),
+        ("", True, False, (8, 8), None),
+        ("", True, True, (8, 16), None),
     ],
 )
-def test_what_is_fastest_is_chosen(tiles, compiled, trained, widths, wanted, monkeypatch):
-    monkeypatch.setattr(attention, "torch_has_tiles", lambda: tiles)
+def test_what_is_fastest_is_chosen(unit, compiled, trained, widths, wanted, monkeypatch):
+    monkeypatch.setattr(attention, "torch_has_tiles", lambda: unit == "tiles")
     monkeypatch.setattr(attention, "has_tiles", lambda: compiled)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(attention, "multiplies_bfloat16", lambda: bool(unit))
+    monkeypatch.setattr(attention, "_torch_tells_sums", lambda: True)
     (query, key, value), _ = inputs((1, 4, 2, 40, *widths), torch.bfloat16)
     with torch.set_grad_enabled(trained):
         found = OURS(query, key, value)
     assert found is (wanted and getattr(attention, wanted))
 
 
-@pytest.mark.skipif(not has_tiles(), reason="no CPU with AMX, or nothing compiled")
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[4] == s[5]])
-def test_by_tiles_values_are_torchs_and_gradients_nearer_to_the_truth(shape):
+@pytest.mark.parametrize(
+    "ours",
+    [
+        pytest.param(
+            causal_by_tiles,
+            marks=pytest.mark.skipif(not has_tiles(), reason="no AMX, or nothing compiled"),
+        ),
+        pytest.param(
+            causal_by_float32,
+            marks=pytest.mark.skipif(not _torch_tells_sums(), reason="torch before 2.10"),
+        ),
+    ],
+)
+def test_values_are_torchs_and_gradients_nearer_to_the_truth(ours, shape):
     x, back = inputs(shape, torch.bfloat16)
     exact = [each.detach().double().requires_grad_() for each in x]
     wanted = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
     torchs = F.scaled_dot_product_attention(*x, is_causal=True, enable_gqa=True)
-    found = causal_by_tiles(*x)
+    found = ours(*x)
     assert found.equal(torchs)
-    for ours, theirs, true in zip(
+    for own, theirs, true in zip(
         torch.autograd.grad(found, x, back),
         torch.autograd.grad(torchs, x, back),
         torch.autograd.grad(wanted, exact, back.double()),
         strict=True,
     ):
-        assert relative(ours, true) < 1.05 * relative(theirs, true) + 1e-4
+        assert relative(own, true) < 1.05 * relative(theirs, true) + 1e-4
 
 
 def test_it_ends_with_an_error_too():

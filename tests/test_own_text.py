@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from pbq import own_text
 from pbq.calibrate import load_calibration
 from pbq.errors import NumericalError
+from pbq.models import cache_name
 from pbq.own_text import (
     _continued,
     _draw,
@@ -130,7 +131,7 @@ def test_the_memory_of_a_batch_is_that_of_its_keys_and_values(
 ) -> None:
     model = tiny_model(architecture)
     with torch.no_grad():
-        cache = model(torch.ones(1, 7, dtype=torch.int64), use_cache=True).past_key_values
+        cache = model(torch.ones(1, 7, dtype=torch.int64), use_cache=True)[cache_name(model)]
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert own_text._cache_bytes(model) * 7 == held
     # 3 segments of 300 tokens are six documents of 150; logits twice

@@ -49,7 +49,7 @@ _RATES = {
     "neon": (50.0, 1.5),
     "portable": (10.0, 0.5),
 }
-_PRODUCT = {torch.float32: 40.0, torch.bfloat16: 95.0, torch.float16: 1.0}
+_PRODUCT = {torch.float32: 40.0, torch.bfloat16: 95.0}
 _GATHERED, _ADDED = 0.4, 1.0
 _OVERLAY_LOOKUPS, _OVERLAY_DECODING = 1.1, 0.1
 # The units of products.c, and what they make of bfloat16: decoding and products as above. AMX as
@@ -526,6 +526,21 @@ def _multiply_by_unit(x: Tensor, weight: CpuWeight, m: int, y: Tensor) -> None:
     )
 
 
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Has this CPU instructions for bfloat16, or does torch take one number after the other?
+
+    A torch without oneDNN, as for macOS, has not even the question.
+    """
+    return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)())
+
+
+def _multiplied_as(dtype: torch.dtype) -> torch.dtype:
+    """What torch multiplies matrices of that dtype as without taking number after number."""
+    known = dtype not in (torch.bfloat16, torch.float16)
+    return dtype if known or (dtype == torch.bfloat16 and multiplies_bfloat16()) else torch.float32
+
+
 def _least_dense_planes(weight: CpuWeight, m: int, dtype: torch.dtype) -> int:
     """Groups of so many planes are decoded for a matrix product; lookups pay each plane."""
     if dtype not in _DTYPES:
@@ -549,7 +564,8 @@ def _nanoseconds(weight: CpuWeight, planes: int, m: int, dtype: torch.dtype) -> 
     if few:
         found += weight.n * sum(g.planes * g.columns for g in few.groups) / lookups
     if many:
-        found += weight.n * len(many.columns) * (1 / _PRODUCT[dtype] + 1 / (decoding * m))
+        product = _PRODUCT[_multiplied_as(dtype)]
+        found += weight.n * len(many.columns) * (1 / product + 1 / (decoding * m))
     if few and many:
         found += len(many.columns) / _GATHERED + weight.n / _ADDED
     if weight.overlay:
@@ -569,8 +585,9 @@ def _multiply_many(x: Tensor, weight: CpuWeight, y: Tensor) -> None:
     if many:
         if many is not weight.whole:
             x = x.index_select(1, many.columns)
+        x = x.to(_multiplied_as(x.dtype))
         for rows, tile in _decoded_tiles(weight, many, x.dtype):
-            if sums is None and len(tile) == weight.n:
+            if sums is None and len(tile) == weight.n and x.dtype == y.dtype:
                 torch.mm(x, tile.T, out=y)
                 continue
             product = torch.nn.functional.linear(x, tile)
@@ -643,9 +660,9 @@ class _Multiply(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = grads
         weight: CpuWeight = ctx.weight
-        flat = grad.reshape(-1, weight.n)
+        flat = grad.reshape(-1, weight.n).to(_multiplied_as(grad.dtype))
         sums = torch.promote_types(grad.dtype, torch.float32)
         grad_x = flat.new_zeros(len(flat), weight.k, dtype=sums)
-        for rows, tile in _decoded_tiles(weight, weight.whole, grad.dtype):
+        for rows, tile in _decoded_tiles(weight, weight.whole, flat.dtype):
             grad_x += flat[:, rows] @ tile
         return grad_x.to(grad.dtype).view(*grad.shape[:-1], weight.k), None, None
