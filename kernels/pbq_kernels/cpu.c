@@ -2,16 +2,16 @@
  *
  * Rows sit in SIMD lanes. A tile holds 32 or 64 rows; its weights are one sequential stream of
  * 32-bit words, stream[tile][group][plane][word][row], and bit c of a word is column c of the 32
- * (30 for AVX2) columns of that word. Every row is summed in one fixed order, whatever the tile,
+ * columns of that word. Every row is summed in one fixed order, whatever the tile,
  * the number of threads or the tokens beside it, so results do not depend on any of them.
  *
- * exact: a lookup of 4 (AVX2: 3) bits replaces 4 (3) additions. For each run of 4 columns the 16
- *   sums +-x0+-x1+-x2+-x3 are tabulated once per token in fp32, and one in-register permute fetches
- *   them for 16 rows.
+ * exact: a lookup of 4 bits replaces 4 additions. For each run of 4 columns the 16 sums
+ *   +-x0+-x1+-x2+-x3 are tabulated once per token in fp32, and one in-register permute fetches them
+ *   for 16 rows.
  * int8: x is rounded to int8 with one scale per (token, tier, group); bits times int8 by VNNI or
  *   maddubs, summed as integers.
  *
- * NEON has tables of integers for both modes: see there.
+ * AVX2 and NEON have tables of integers for both modes: see there.
  *
  * Of a tier with a trellis (trellis.py) the stream has the stored planes, and the planes of its
  * levels are made as they are read, a chunk of words at a time.
@@ -39,7 +39,7 @@ typedef struct {
   int tokens;
   float *x;       /* [tokens][words * WORD], zero at padding */
   float *sum;     /* [tokens][groups]: sum of x, for the offsets */
-  float *table;   /* exact: [words][lookups][tokens][entries]; NEON: [tokens], see there */
+  float *table;   /* exact: [words][lookups][tokens][entries]; of integers: [tokens] */
   int8_t *q;      /* int8: [tokens][words * WORD], column c of a word at 4 * (c % 8) + c / 8 */
   float *q_scale; /* of the integers that x was rounded to: [tokens][groups] */
   int32_t *q_sum; /* int8: [tokens][groups] */
@@ -47,7 +47,7 @@ typedef struct {
 
 typedef struct {
   const char *name;
-  int word_columns, lookups, entries; /* lookups * log2(entries) = word_columns */
+  int lookups, entries; /* of a word */
   void (*tabulate)(const float *x, int words, float *table, int tokens);
   void (*exact_tile)(const Weight *, const Activations *, int64_t tile, float *y);
   void (*quantize)(const float *x, int words, int8_t *q, float *scale, int32_t *sum);
@@ -60,9 +60,7 @@ typedef struct {
 } Variant;
 
 /* Lookups that the last word of a group still needs: the rest of it is padding. */
-INLINE int last_lookups(const Group *g, int word_columns, int step) {
-  return (g->columns - (g->words - 1) * word_columns + step - 1) / step;
-}
+INLINE int last_lookups(const Group *g) { return (g->columns - (g->words - 1) * WORD + 3) / 4; }
 
 /* bits[p] is bit p of a level's place among 2**planes uneven ones, and becomes the sign of plane p:
  * `sums` of trellis.py as Boolean functions. A level's negative has the opposite signs. */
@@ -192,7 +190,7 @@ INLINE void expand(const int lanes, const Weight *w, int64_t tile, const Group *
 }
 
 #define DEFINE_EXPAND(SUFFIX, TARGET, LANES)                                                       \
-  static __attribute__((noinline)) TARGET void expand_##SUFFIX(                                    \
+  __attribute__((noinline)) TARGET void pbq_expand_##SUFFIX(                                       \
       const Weight *w, int64_t tile, const Group *g, int first, int rows, int begin, int end,      \
       Planes *to) {                                                                                \
     expand(LANES, w, tile, g, first, rows, begin, end, to);                                        \
@@ -263,13 +261,13 @@ static void exact_tile_portable(const Weight *w, const Activations *a, int64_t t
       const Group *g = w->group + i;
       float acc[MAX_PLANES][MAX_TILE] = {0};
       for (int begin = 0, end; begin < g->words; begin = end) {
-        end = take_words(expand_portable, w, tile, g, 0, w->tile, begin, &planes);
+        end = take_words(pbq_expand_portable, w, tile, g, 0, w->tile, begin, &planes);
         for (int p = 0; p < g->planes; p++) {
           const uint32_t *data = planes.data[p];
           for (int word = begin; word < end; word++, data += planes.stride[p]) {
             const float *table =
                 a->table + ((int64_t)(g->first_word + word) * LOOKUPS * a->tokens + t) * 16;
-            const int lookups = word + 1 < g->words ? LOOKUPS : last_lookups(g, WORD, 4);
+            const int lookups = word + 1 < g->words ? LOOKUPS : last_lookups(g);
             for (int s = 0; s < lookups; s++, table += 16 * a->tokens)
               for (int r = 0; r < w->tile; r++) acc[p][r] += table[data[r] >> 4 * s & 15];
           }
@@ -315,7 +313,7 @@ static void int8_tile_portable(const Weight *w, const Activations *a, int64_t ti
       const int at = t * w->groups + i;
       int32_t acc[MAX_PLANES][MAX_TILE] = {0};
       for (int begin = 0, end; begin < g->words; begin = end) {
-        end = take_words(expand_portable, w, tile, g, 0, w->tile, begin, &planes);
+        end = take_words(pbq_expand_portable, w, tile, g, 0, w->tile, begin, &planes);
         for (int p = 0; p < g->planes; p++) {
           const uint32_t *data = planes.data[p];
           const int8_t *q = a->q + ((int64_t)t * w->words + g->first_word + begin) * WORD;
@@ -396,8 +394,7 @@ INLINE void decode_row(const Weight *w, int64_t row, int dtype, void *out, LookU
       if (w->column_scale)
         for (int c = 0; c < WORD; c++)
           entries[c] *= w->column_scale[(int64_t)(g->first_word + word) * WORD + c];
-      const int left = g->columns - word * w->word_columns;
-      const int count = left < w->word_columns ? left : w->word_columns;
+      const int left = g->columns - word * WORD, count = left < WORD ? left : WORD;
       store_word(entries, count, dtype, out, at);
       at += count;
     }
@@ -429,7 +426,6 @@ DEFINE_STORE_ROWS(portable, )
 DEFINE_DECODE_ROW(portable, )
 
 static const Variant PORTABLE = {"portable",
-                                 WORD,
                                  LOOKUPS,
                                  16,
                                  tabulate_portable,
@@ -440,128 +436,328 @@ static const Variant PORTABLE = {"portable",
                                  decode_row_portable,
                                  NULL};
 
+/* --- tables of integers: AVX2 and NEON --------------------------------------------------------- *
+ *
+ * A permute of bytes fetches an entry for 16 rows (AVX2: 32), but only a byte of it. Bytes of fp32
+ * entries would have to be put together again before they can be added, which takes as long as all
+ * the rest. So x is rounded to integers with one scale per (token, tier, group), the 16 sums of 4
+ * columns are cut into digits of so few bits that two entries (exact) or eight (int8) still add up
+ * to a byte, and every digit is summed for itself.
+ *
+ * exact: 25 bits and a power of two as scale. x down to half of the largest of its group keep all
+ *   their bits, x of 8 bits (bf16) down to 2**-17 of it; a sum of integers loses nothing more.
+ * int8: 127 is the largest x of the group.
+ *
+ * table: [words][4 bytes of a word][digits][2 lookups of a byte][16 entries]. The unit of an x that
+ * is not finite is NaN, and so is the result.
+ */
+
+/* Words whose sums stay below 2**16: 64 * 4 * 254. As many as a trellis makes at once, so that its
+ * sums are those of the plain form. */
+#define BLOCK CHUNK
+
+enum { EXACT_DIGITS = 4, EXACT_BITS = 7, INT8_DIGITS = 2, INT8_BITS = 5 };
+
+INLINE float exact_unit(float largest) {
+  return float_of_bits((bits_of_float(largest) & 0x7f800000) - (24u << 23));
+}
+
 #ifdef __x86_64__
 
-/* --- AVX2: 8 rows a register, 8-entry tables of 3 columns ------------------------------------ */
+/* --- AVX2: 32 rows a register, tables of integers ---------------------------------------------- */
 
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
-#define AVX2_LOOKUPS 10
 
 INLINE AVX2 __m256 scales_avx2(const uint16_t *scale) {
   return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)scale));
 }
 
-static AVX2 void tabulate_avx2(const float *x, int words, float *table, int tokens) {
-  const __m256 sign_a = _mm256_setr_ps(-0.f, 0.f, -0.f, 0.f, -0.f, 0.f, -0.f, 0.f);
-  const __m256 sign_b = _mm256_setr_ps(-0.f, -0.f, 0.f, 0.f, -0.f, -0.f, 0.f, 0.f);
-  const __m256 sign_c = _mm256_setr_ps(-0.f, -0.f, -0.f, -0.f, 0.f, 0.f, 0.f, 0.f);
-  for (int word = 0; word < words; word++, x += WORD)
-    for (int s = 0; s < AVX2_LOOKUPS; s++, table += 8 * tokens) {
-      const __m256 a = _mm256_xor_ps(_mm256_broadcast_ss(x + 3 * s), sign_a);
-      const __m256 b = _mm256_xor_ps(_mm256_broadcast_ss(x + 3 * s + 1), sign_b);
-      const __m256 c = _mm256_xor_ps(_mm256_broadcast_ss(x + 3 * s + 2), sign_c);
-      _mm256_storeu_ps(table, _mm256_add_ps(_mm256_add_ps(a, b), c));
-    }
+INLINE AVX2 float largest_avx2(const float *x, int64_t count) {
+  const __m256 absolute = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  __m256 most = _mm256_set1_ps(0x1p-101f); /* keeps units and their inverses normal numbers */
+  __m256 strange = _mm256_setzero_ps();
+  for (int64_t i = 0; i < count; i += 8) {
+    const __m256 v = _mm256_loadu_ps(x + i);
+    most = _mm256_max_ps(most, _mm256_and_ps(v, absolute));
+    strange = _mm256_or_ps(strange, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  }
+  if (_mm256_movemask_ps(strange)) return NAN;
+  float lanes[8], found = 0;
+  _mm256_storeu_ps(lanes, most);
+  for (int i = 0; i < 8; i++) found = lanes[i] > found ? lanes[i] : found;
+  return found;
 }
 
-/* The 3 bits of lookup s at the bottom of each row's lane. A 16-bit multiplication shifts, because
- * shifts share their execution ports with the permutes; what stands above the 3 bits is ignored. */
-INLINE AVX2 __m256i code_avx2(__m256i word, int s) {
-  const __m256i half = s < 5 ? word : _mm256_srli_epi32(word, 15);
-  return s % 5 ? _mm256_mulhi_epu16(half, _mm256_set1_epi16((short)(1 << (16 - 3 * (s % 5)))))
-               : half;
+/* The sums +-x0+-x1+-x2+-x3, raised by half of their range so that none is negative, in the order
+ * that `packed_digits` puts right: 0 to 3 and 8 to 11, then 4 to 7 and 12 to 15. */
+INLINE AVX2 void sums_avx2(const float *x, float inverse, int32_t half, __m256i sum[2]) {
+  const __m128i v = _mm_cvtps_epi32(_mm_mul_ps(_mm_loadu_ps(x), _mm_set1_ps(inverse)));
+  const __m128i pairs = _mm_add_epi32(v, _mm_shuffle_epi32(v, 0x4e));
+  const int32_t all = _mm_cvtsi128_si32(_mm_add_epi32(pairs, _mm_shuffle_epi32(pairs, 0xb1)));
+  const __m256i twice = _mm256_broadcastsi128_si256(_mm_slli_epi32(v, 1));
+  const __m256i bit0 = _mm256_setr_epi32(0, -1, 0, -1, 0, -1, 0, -1);
+  const __m256i bit1 = _mm256_setr_epi32(0, 0, -1, -1, 0, 0, -1, -1);
+  const __m256i bit3 = _mm256_setr_epi32(0, 0, 0, 0, -1, -1, -1, -1);
+  const __m256i x0 = _mm256_and_si256(_mm256_shuffle_epi32(twice, 0x00), bit0);
+  const __m256i x1 = _mm256_and_si256(_mm256_shuffle_epi32(twice, 0x55), bit1);
+  const __m256i x3 = _mm256_and_si256(_mm256_shuffle_epi32(twice, 0xff), bit3);
+  const __m256i low = _mm256_add_epi32(_mm256_set1_epi32(half - all), _mm256_add_epi32(x0, x1));
+  sum[0] = _mm256_add_epi32(low, x3);
+  sum[1] = _mm256_add_epi32(sum[0], _mm256_shuffle_epi32(twice, 0xaa));
 }
 
-INLINE AVX2 void lookup_avx2(const int T, const int R, const uint32_t *data, const float *table,
-                             int lookups, __m256 acc[2][4][4]) {
-#pragma GCC unroll 10
-  for (int s = 0; s < AVX2_LOOKUPS; s++) {
-    if (s >= lookups) break;
-    for (int r = 0; r < R; r++) {
-      const __m256i code = code_avx2(_mm256_loadu_si256((const __m256i *)(data + 8 * r)), s);
-      for (int t = 0; t < T; t++) {
-        const __m256 entries = _mm256_loadu_ps(table + (s * T + t) * 8);
-        acc[s & 1][t][r] = _mm256_add_ps(acc[s & 1][t][r], _mm256_permutevar8x32_ps(entries, code));
-        IN_ORDER(acc[s & 1][t][r]);
+/* A digit of 16 sums each of two lookups, 32 bytes. */
+INLINE AVX2 __m256i packed_digits(const __m256i sum[4], int right, __m256i mask) {
+  __m256i digit[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++)
+    digit[i] = _mm256_and_si256(_mm256_srli_epi32(sum[i], right), mask);
+  const __m256i bytes = _mm256_packus_epi16(_mm256_packus_epi32(digit[0], digit[1]),
+                                            _mm256_packus_epi32(digit[2], digit[3]));
+  return _mm256_permute4x64_epi64(bytes, 0xd8);
+}
+
+INLINE AVX2 void tabulate_digits_avx2(const int digits, const int bits, const float *x,
+                                      int64_t lookups, float inverse, uint8_t *table) {
+  const __m256i mask = _mm256_set1_epi32((1 << bits) - 1);
+  for (int64_t s = 0; s < lookups; s += 2, x += 8) {
+    __m256i sum[4];
+    sums_avx2(x, inverse, 1 << (digits * bits - 1), sum);
+    sums_avx2(x + 4, inverse, 1 << (digits * bits - 1), sum + 2);
+#pragma GCC unroll 4
+    for (int d = 0; d < digits; d++, table += 32)
+      _mm256_storeu_si256((__m256i *)table, packed_digits(sum, d * bits, mask));
+  }
+}
+
+static AVX2 float tabulate_avx2(const float *x, int words, int mode, int begin, int end,
+                                void *table) {
+  const float largest = largest_avx2(x, (int64_t)words * WORD);
+  if (!isfinite(largest)) return NAN;
+  const int64_t lookups = (int64_t)(end - begin) * LOOKUPS;
+  x += (int64_t)begin * WORD;
+  if (mode == INT8)
+    tabulate_digits_avx2(INT8_DIGITS, INT8_BITS, x, lookups, 127.0f / largest, table);
+  else
+    tabulate_digits_avx2(EXACT_DIGITS, EXACT_BITS, x, lookups, 1.0f / exact_unit(largest), table);
+  return mode == INT8 ? largest / 127.0f : exact_unit(largest);
+}
+
+/* Byte j of the words of 32 rows. Rows are in an order of their own, which `in_order` undoes: each
+ * half of a register has 4 of every 8. */
+INLINE AVX2 void bytes_avx2(const uint32_t *data, __m256i byte[4]) {
+  const __m256i apart = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4,
+                                         8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  __m256i v[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++)
+    v[i] = _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i *)(data + 8 * i)), apart);
+  const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpackhi_epi32(v[0], v[1]);
+  const __m256i c = _mm256_unpacklo_epi32(v[2], v[3]), d = _mm256_unpackhi_epi32(v[2], v[3]);
+  byte[0] = _mm256_unpacklo_epi64(a, c), byte[1] = _mm256_unpackhi_epi64(a, c);
+  byte[2] = _mm256_unpacklo_epi64(b, d), byte[3] = _mm256_unpackhi_epi64(b, d);
+}
+
+/* Sums of bytes, as 16 bits: `all` of both bytes, the odd one times 256, and `odd` of that alone. */
+typedef struct {
+  __m256i all, odd;
+} Sums;
+
+/* The words of a plane, up to BLOCK of them, for 32 rows. A multiplication shifts, for shifts share
+ * their execution ports with the permutes. */
+INLINE AVX2 void lookup_avx2(const int digits, const uint32_t *data, int stride, int words,
+                             const uint8_t *table, Sums sum[]) {
+  const __m256i low = _mm256_set1_epi8(15), down = _mm256_set1_epi16(256);
+  for (int word = 0; word < words; word++, data += stride) {
+    __m256i byte[4], part[4];
+    bytes_avx2(data, byte);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      const __m256i first = _mm256_and_si256(byte[j], low);
+      const __m256i second = _mm256_and_si256(_mm256_srli_epi16(byte[j], 4), low);
+#pragma GCC unroll 4
+      for (int d = 0; d < digits; d++, table += 32) {
+        const __m256i at_first = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+        const __m256i at_second =
+            _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(table + 16)));
+        const __m256i pair = _mm256_add_epi8(_mm256_shuffle_epi8(at_first, first),
+                                             _mm256_shuffle_epi8(at_second, second));
+        const int begins = digits == EXACT_DIGITS || j == 0;
+        const int ends = digits == EXACT_DIGITS || j == 3;
+        part[d] = begins ? pair : _mm256_add_epi8(part[d], pair);
+        IN_ORDER(part[d]);
+        if (!ends) continue;
+        sum[d].all = _mm256_add_epi16(sum[d].all, part[d]);
+        sum[d].odd = _mm256_add_epi16(sum[d].odd, _mm256_mulhi_epu16(part[d], down));
+        IN_ORDER(sum[d].all);
+        IN_ORDER(sum[d].odd);
       }
     }
+  }
+}
+
+/* 32-bit sums of a digit, of rows [8 i, 8 i + 8). */
+INLINE AVX2 void in_order(Sums sum, __m256i rows[4]) {
+  const __m256i even = _mm256_sub_epi16(sum.all, _mm256_slli_epi16(sum.odd, 8));
+  const __m256i zero = _mm256_setzero_si256();
+  const __m256i low = _mm256_unpacklo_epi16(even, sum.odd);
+  const __m256i high = _mm256_unpackhi_epi16(even, sum.odd);
+  rows[0] = _mm256_unpacklo_epi16(low, zero), rows[1] = _mm256_unpackhi_epi16(low, zero);
+  rows[2] = _mm256_unpacklo_epi16(high, zero), rows[3] = _mm256_unpackhi_epi16(high, zero);
+}
+
+/* As join_neon. */
+INLINE AVX2 __m256 join_avx2(const int digits, const int bits, __m256i rows[][4], int i,
+                             int32_t raised) {
+  const int top = digits - 2;
+  const __m256i high =
+      _mm256_add_epi32(rows[top][i], _mm256_slli_epi32(rows[top + 1][i], bits));
+  const __m256 sum = _mm256_cvtepi32_ps(_mm256_sub_epi32(high, _mm256_set1_epi32(raised)));
+  if (!top) return sum;
+  const __m256i low = _mm256_add_epi32(rows[0][i], _mm256_slli_epi32(rows[1][i], bits));
+  return _mm256_fmadd_ps(sum, _mm256_set1_ps((float)(1 << 2 * bits)), _mm256_cvtepi32_ps(low));
+}
+
+/* dot [32 rows]: to it is added a plane of a group times x, in units of the group. */
+INLINE AVX2 void dot_avx2(const int digits, const int bits, const uint32_t *data, int stride,
+                          int words, const uint8_t *table, __m256 dot[4]) {
+  for (int begin = 0; begin < words; begin += BLOCK) {
+    const int count = words - begin < BLOCK ? words - begin : BLOCK;
+    const Sums none = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    Sums sum[4] = {none, none, none, none};
+    lookup_avx2(digits, data + (int64_t)begin * stride, stride, count,
+                table + (int64_t)begin * LOOKUPS * digits * 16, sum);
+    __m256i rows[4][4];
+#pragma GCC unroll 4
+    for (int d = 0; d < digits; d++) in_order(sum[d], rows[d]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+      dot[i] = _mm256_add_ps(
+          dot[i], join_avx2(digits, bits, rows, i, count * LOOKUPS << (2 * bits - 1)));
   }
 }
 
 DEFINE_EXPAND(avx2, AVX2, 8)
 
-/* T tokens times R registers of rows, from row `first` of the tile. Two accumulators each: the
- * additions of one would wait for each other. */
-INLINE AVX2 void exact_rows_avx2(const int trellises, const int T, const int R, const Weight *w,
-                                 const Activations *a, int64_t tile, int first, float *y) {
+INLINE AVX2 void tile_avx2(const int digits, const int bits, const Weight *w, const Activations *a,
+                           int64_t tile, float *y) {
   Planes planes;
-  __m256 total[4][4], kept[MAX_PLANES][2][4][4]; /* of the words before */
-  for (int t = 0; t < T; t++)
-    for (int r = 0; r < R; r++) total[t][r] = _mm256_setzero_ps();
-  for (int i = 0; i < w->groups; i++) {
-    const Group *g = w->group + i;
-    for (int begin = 0, end; begin < g->words; begin = end) {
-      end = g->words;
-      if (trellises) end = take_words(expand_avx2, w, tile, g, first, 8 * R, begin, &planes);
-      for (int p = 0; p < g->planes; p++) {
-        const uint32_t *data = trellises ? planes.data[p] : plane_words(w, tile, g, p) + first;
-        const int stride = trellises ? planes.stride[p] : w->tile, last = end == g->words;
-        const float *table = a->table + (int64_t)(g->first_word + begin) * AVX2_LOOKUPS * T * 8;
-        __m256 acc[2][4][4];
-        for (int j = 0; j < 2; j++)
-          for (int t = 0; t < T; t++)
-            for (int r = 0; r < R; r++)
-              acc[j][t][r] = begin ? kept[p][j][t][r] : _mm256_setzero_ps();
-        for (int word = begin; word < end - last;
-             word++, data += stride, table += AVX2_LOOKUPS * T * 8)
-          lookup_avx2(T, R, data, table, AVX2_LOOKUPS, acc);
-        if (!last) {
-          for (int j = 0; j < 2; j++)
-            for (int t = 0; t < T; t++)
-              for (int r = 0; r < R; r++) kept[p][j][t][r] = acc[j][t][r];
-          continue;
+  for (int first = 0; first < w->tile; first += 32) {
+    __m256 total[TOKENS][4], dot[TOKENS][MAX_PLANES][4];
+    for (int i = 0; i < 4 * a->tokens; i++) total[i / 4][i % 4] = _mm256_setzero_ps();
+    for (int i = 0; i < w->groups; i++) {
+      const Group *g = w->group + i;
+      for (int t = 0; t < a->tokens; t++)
+        for (int r = 0; r < 4 * g->planes; r++) dot[t][r / 4][r % 4] = _mm256_setzero_ps();
+      for (int begin = 0, end; begin < g->words; begin = end) {
+        end = take_words(pbq_expand_avx2, w, tile, g, first, 32, begin, &planes);
+        for (int t = 0; t < a->tokens; t++) {
+          const int64_t word = (int64_t)t * w->words + g->first_word + begin;
+          const uint8_t *table = (const uint8_t *)a->table + word * LOOKUPS * digits * 16;
+          for (int p = 0; p < g->planes; p++)
+            dot_avx2(digits, bits, planes.data[p], planes.stride[p], end - begin, table, dot[t][p]);
         }
-        lookup_avx2(T, R, data, table, last_lookups(g, 3 * AVX2_LOOKUPS, 3), acc);
-        const __m256 factor = _mm256_set1_ps(g->factor[p]);
-        for (int r = 0; r < R; r++) {
-          const __m256 s = _mm256_mul_ps(
-              scales_avx2(scales_of(w, tile, scale_slot(g, p)) + first + 8 * r), factor);
-          for (int t = 0; t < T; t++)
+      }
+      for (int t = 0; t < a->tokens; t++) {
+        const __m256 unit = _mm256_set1_ps(a->q_scale[t * w->groups + i]);
+        for (int p = 0; p < g->planes; p++) {
+          const uint16_t *scale = scales_of(w, tile, scale_slot(g, p)) + first;
+          const __m256 factor = _mm256_set1_ps(g->factor[p]);
+          for (int r = 0; r < 4; r++)
+            total[t][r] = _mm256_fmadd_ps(_mm256_mul_ps(scales_avx2(scale + 8 * r), factor),
+                                          _mm256_mul_ps(dot[t][p][r], unit), total[t][r]);
+        }
+        if (g->offset >= 0)
+          for (int r = 0; r < 4; r++)
             total[t][r] =
-                _mm256_fmadd_ps(s, _mm256_add_ps(acc[0][t][r], acc[1][t][r]), total[t][r]);
-        }
+                _mm256_fmadd_ps(scales_avx2(scales_of(w, tile, g->offset) + first + 8 * r),
+                                _mm256_set1_ps(a->sum[t * w->groups + i]), total[t][r]);
       }
     }
-    if (g->offset >= 0)
-      for (int r = 0; r < R; r++) {
-        const __m256 offset = scales_avx2(scales_of(w, tile, g->offset) + first + 8 * r);
-        for (int t = 0; t < T; t++)
-          total[t][r] =
-              _mm256_fmadd_ps(offset, _mm256_set1_ps(a->sum[t * w->groups + i]), total[t][r]);
-      }
+    for (int t = 0; t < a->tokens; t++)
+      for (int r = 0; r < 4; r++) _mm256_storeu_ps(y + t * w->tile + first + 8 * r, total[t][r]);
   }
-  for (int t = 0; t < T; t++)
-    for (int r = 0; r < R; r++) _mm256_storeu_ps(y + t * w->tile + first + 8 * r, total[t][r]);
-}
-
-INLINE AVX2 void exact_rows_of_tile_avx2(const int trellises, const Weight *w,
-                                         const Activations *a, int64_t tile, float *y) {
-  if (a->tokens == TOKENS)
-    for (int first = 0; first < w->tile; first += 8)
-      exact_rows_avx2(trellises, TOKENS, 1, w, a, tile, first, y);
-  else
-    for (int first = 0; first < w->tile; first += 32)
-      exact_rows_avx2(trellises, 1, 4, w, a, tile, first, y);
 }
 
 static AVX2 void exact_tile_avx2(const Weight *w, const Activations *a, int64_t tile, float *y) {
-  if (w->trellises)
-    exact_rows_of_tile_avx2(1, w, a, tile, y);
-  else
-    exact_rows_of_tile_avx2(0, w, a, tile, y);
+  tile_avx2(EXACT_DIGITS, EXACT_BITS, w, a, tile, y);
 }
 
-static AVX2 void quantize_avx2(const float *x, int words, int8_t *q, float *scale, int32_t *sum) {
+static AVX2 void int8_tile_avx2(const Weight *w, const Activations *a, int64_t tile, float *y) {
+  tile_avx2(INT8_DIGITS, INT8_BITS, w, a, tile, y);
+}
+
+/* 8 values at codes of 3 planes: a permute. Each further plane chooses between two halves. */
+INLINE AVX2 void values_avx2(const float *value, const int planes, const uint32_t *bits, float *out) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), one = _mm256_set1_epi32(1);
+  __m256 table[4];
+  for (int i = 0; i < (planes > 3 ? 1 << (planes - 3) : 1); i++)
+    table[i] = _mm256_loadu_ps(value + 8 * i);
+#pragma GCC unroll 4
+  for (int c = 0; c < WORD; c += 8) {
+    __m256i code = _mm256_setzero_si256(), bit[5];
+#pragma GCC unroll 5
+    for (int p = 0; p < planes; p++) {
+      bit[p] = _mm256_srlv_epi32(_mm256_set1_epi32((int32_t)(bits[p] >> c)), lane);
+      if (p < 3)
+        code = _mm256_or_si256(code, _mm256_slli_epi32(_mm256_and_si256(bit[p], one), p));
+    }
+    __m256 found[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < (planes > 3 ? 1 << (planes - 3) : 1); i++)
+      found[i] = _mm256_permutevar8x32_ps(table[i], code);
+#pragma GCC unroll 2
+    for (int p = 3; p < planes; p++) {
+      const __m256 high = _mm256_castsi256_ps(_mm256_slli_epi32(bit[p], 31));
+      for (int i = 0; i < 1 << (planes - 1 - p); i++)
+        found[i] = _mm256_blendv_ps(found[2 * i], found[2 * i + 1], high);
+    }
+    _mm256_storeu_ps(out + c, found[0]);
+  }
+}
+
+INLINE AVX2 void look_up_avx2(const float *value, const uint32_t *bits, int planes, float *out) {
+  switch (planes) {
+    case 0: values_avx2(value, 0, bits, out); break;
+    case 1: values_avx2(value, 1, bits, out); break;
+    case 2: values_avx2(value, 2, bits, out); break;
+    case 3: values_avx2(value, 3, bits, out); break;
+    case 4: values_avx2(value, 4, bits, out); break;
+    case 5: values_avx2(value, 5, bits, out); break;
+    default: look_up_portable(value, bits, planes, out);
+  }
+}
+
+DEFINE_STORE_ROWS(avx2, AVX2)
+DEFINE_DECODE_ROW(avx2, AVX2)
+
+static const Variant VARIANT_AVX2 = {.name = "avx2",
+                                     .lookups = LOOKUPS,
+                                     .entries = 16,
+                                     .exact_tile = exact_tile_avx2,
+                                     .int8_tile = int8_tile_avx2,
+                                     .store_rows = store_rows_avx2,
+                                     .decode_row = decode_row_avx2,
+                                     .tabulate_group = tabulate_avx2};
+
+/* --- AVX-512: 16 rows a register, 16-entry tables of 4 columns -------------------------------- */
+
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#define VNNI __attribute__((target("avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+
+INLINE AVX512 __m512 scales_avx512(const uint16_t *scale) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)scale));
+}
+
+/* v in the lanes whose number has bit b set, -v in the others. */
+INLINE AVX512 __m512 signed_lanes(float v, int b) {
+  static const uint16_t unset[4] = {0x5555, 0x3333, 0x0f0f, 0x00ff};
+  const __m512i all = _mm512_set1_epi32((int32_t)bits_of_float(v));
+  return _mm512_castsi512_ps(
+      _mm512_mask_xor_epi32(all, unset[b], all, _mm512_set1_epi32(INT32_MIN)));
+}
+
+static AVX2 void quantize_avx512(const float *x, int words, int8_t *q, float *scale, int32_t *sum) {
   const __m256 absolute = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   __m256 most = _mm256_setzero_ps(), strange = _mm256_setzero_ps();
   for (int64_t i = 0; i < (int64_t)words * WORD; i += 8) {
@@ -600,124 +796,6 @@ static AVX2 void quantize_avx2(const float *x, int words, int8_t *q, float *scal
   for (int i = 0; i < 8; i++) *sum += sums[i];
 }
 
-/* 32 bits a row, masked to one bit in each byte, are 4 columns of weight 0 or 2**j. The int16 sums
- * of 8 words stay below 2**15, and dividing by 2**j is exact. */
-INLINE AVX2 __m256i int8_dot_avx2(const uint32_t *data, int stride, int words, const int8_t *q) {
-  const __m256i bit = _mm256_set1_epi8(1), ones = _mm256_set1_epi16(1);
-  __m256i total = _mm256_setzero_si256();
-  for (int begin = 0; begin < words; begin += 8) {
-    const int end = begin + 8 < words ? begin + 8 : words;
-    __m256i acc[4];
-    for (int j = 0; j < 4; j++) acc[j] = _mm256_setzero_si256();
-    for (int word = begin; word < end; word++, data += stride, q += WORD) {
-      const __m256i low = _mm256_loadu_si256((const __m256i *)data);
-      const __m256i high = _mm256_srli_epi32(low, 4);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) {
-        const __m256i mask = _mm256_slli_epi32(bit, j);
-        int32_t four[2];
-        memcpy(four, q + 4 * j, 4);
-        memcpy(four + 1, q + 16 + 4 * j, 4);
-        acc[j] = _mm256_add_epi16(
-            acc[j], _mm256_maddubs_epi16(_mm256_and_si256(low, mask), _mm256_set1_epi32(four[0])));
-        acc[j] = _mm256_add_epi16(
-            acc[j], _mm256_maddubs_epi16(_mm256_and_si256(high, mask), _mm256_set1_epi32(four[1])));
-      }
-    }
-    const __m256i sum = _mm256_add_epi16(
-        _mm256_add_epi16(acc[0], _mm256_srai_epi16(acc[1], 1)),
-        _mm256_add_epi16(_mm256_srai_epi16(acc[2], 2), _mm256_srai_epi16(acc[3], 3)));
-    total = _mm256_add_epi32(total, _mm256_madd_epi16(sum, ones));
-  }
-  return total;
-}
-
-static AVX2 void int8_tile_avx2(const Weight *w, const Activations *a, int64_t tile, float *y) {
-  Planes planes;
-  for (int first = 0; first < w->tile; first += 32) {
-    __m256 total[TOKENS][4];
-    for (int j = 0; j < 4 * a->tokens; j++) total[j / 4][j % 4] = _mm256_setzero_ps();
-    for (int i = 0; i < w->groups; i++) {
-      const Group *g = w->group + i;
-      __m256i dot[TOKENS][MAX_PLANES][4];
-      for (int begin = 0, end; begin < g->words; begin = end) {
-        end = take_words(expand_avx2, w, tile, g, first, 32, begin, &planes);
-        for (int t = 0; t < a->tokens; t++) {
-          const int8_t *q = a->q + ((int64_t)t * w->words + g->first_word + begin) * WORD;
-          for (int p = 0; p < g->planes; p++)
-            for (int r = 0; r < 4; r++) {
-              const __m256i part = int8_dot_avx2(planes.data[p] + 8 * r, planes.stride[p],
-                                                 end - begin, q);
-              dot[t][p][r] = begin ? _mm256_add_epi32(dot[t][p][r], part) : part;
-            }
-        }
-      }
-      for (int t = 0; t < a->tokens; t++) {
-        const int at = t * w->groups + i;
-        const __m256 q_scale = _mm256_set1_ps(a->q_scale[at]);
-        const __m256i q_sum = _mm256_set1_epi32(a->q_sum[at]);
-        for (int p = 0; p < g->planes; p++) {
-          const uint16_t *scale = scales_of(w, tile, scale_slot(g, p)) + first;
-          const __m256 factor = _mm256_set1_ps(g->factor[p]);
-          for (int r = 0; r < 4; r++) {
-            const __m256i twice = _mm256_sub_epi32(_mm256_slli_epi32(dot[t][p][r], 1), q_sum);
-            const __m256 s =
-                _mm256_mul_ps(_mm256_mul_ps(scales_avx2(scale + 8 * r), factor), q_scale);
-            total[t][r] = _mm256_fmadd_ps(s, _mm256_cvtepi32_ps(twice), total[t][r]);
-          }
-        }
-        if (g->offset >= 0)
-          for (int r = 0; r < 4; r++)
-            total[t][r] =
-                _mm256_fmadd_ps(scales_avx2(scales_of(w, tile, g->offset) + first + 8 * r),
-                                _mm256_set1_ps(a->sum[at]), total[t][r]);
-      }
-    }
-    for (int t = 0; t < a->tokens; t++)
-      for (int r = 0; r < 4; r++)
-        _mm256_storeu_ps(y + t * w->tile + first + 8 * r, total[t][r]);
-  }
-}
-
-/* A gather: one or two planes would fit a permute, but this only feeds matrix products. */
-INLINE AVX2 void look_up_avx2(const float *value, const uint32_t *bits, int planes, float *out) {
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), one = _mm256_set1_epi32(1);
-  for (int c = 0; c < WORD; c += 8) {
-    __m256i code = _mm256_setzero_si256();
-    for (int p = 0; p < planes; p++) {
-      const __m256i word = _mm256_set1_epi32((int32_t)(bits[p] >> c));
-      const __m256i bit = _mm256_and_si256(_mm256_srlv_epi32(word, lane), one);
-      code = _mm256_or_si256(code, _mm256_slli_epi32(bit, p));
-    }
-    _mm256_storeu_ps(out + c, _mm256_i32gather_ps(value, code, 4));
-  }
-}
-
-DEFINE_STORE_ROWS(avx2, AVX2)
-DEFINE_DECODE_ROW(avx2, AVX2)
-
-static const Variant VARIANT_AVX2 = {
-    "avx2",          3 * AVX2_LOOKUPS, AVX2_LOOKUPS,  8,
-    tabulate_avx2,   exact_tile_avx2,  quantize_avx2, int8_tile_avx2,
-    store_rows_avx2, decode_row_avx2,  NULL};
-
-/* --- AVX-512: 16 rows a register, 16-entry tables of 4 columns -------------------------------- */
-
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
-#define VNNI __attribute__((target("avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
-
-INLINE AVX512 __m512 scales_avx512(const uint16_t *scale) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)scale));
-}
-
-/* v in the lanes whose number has bit b set, -v in the others. */
-INLINE AVX512 __m512 signed_lanes(float v, int b) {
-  static const uint16_t unset[4] = {0x5555, 0x3333, 0x0f0f, 0x00ff};
-  const __m512i all = _mm512_set1_epi32((int32_t)bits_of_float(v));
-  return _mm512_castsi512_ps(
-      _mm512_mask_xor_epi32(all, unset[b], all, _mm512_set1_epi32(INT32_MIN)));
-}
-
 static AVX512 void tabulate_avx512(const float *x, int words, float *table, int tokens) {
   for (int64_t i = 0; i < (int64_t)words * LOOKUPS; i++, x += 4, table += 16 * tokens) {
     const __m512 low = _mm512_add_ps(signed_lanes(x[0], 0), signed_lanes(x[1], 1));
@@ -726,7 +804,8 @@ static AVX512 void tabulate_avx512(const float *x, int words, float *table, int 
   }
 }
 
-/* As code_avx2, for 4 bits. */
+/* The 4 bits of lookup s at the bottom of each row's lane. A 16-bit multiplication shifts, because
+ * shifts share their execution ports with the permutes; what stands above the 4 bits is ignored. */
 INLINE AVX512 __m512i code_avx512(__m512i word, int s) {
   const __m512i half = s < 4 ? word : _mm512_srli_epi32(word, 16);
   return s % 4 ? _mm512_mulhi_epu16(half, _mm512_set1_epi16((short)(1 << (16 - 4 * (s % 4)))))
@@ -897,7 +976,7 @@ INLINE AVX512 void exact_rows_avx512(const int trellises, const int T, const int
             for (int r = 0; r < R; r++) kept[p][t][r] = acc[t][r];
           continue;
         }
-        lookup_avx512(T, R, data, table, last_lookups(g, WORD, 4), acc);
+        lookup_avx512(T, R, data, table, last_lookups(g), acc);
         const __m512 factor = _mm512_set1_ps(g->factor[p]);
         for (int r = 0; r < R; r++) {
           const __m512 s = _mm512_mul_ps(
@@ -1168,8 +1247,16 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2"))) static void mer
 
 /* They differ in how bytes are multiplied. */
 #define VARIANT_OF_AVX512(name, int8_tile)                                          \
-  {name,              WORD,          LOOKUPS,   16,                tabulate_avx512, \
-   exact_tile_avx512, quantize_avx2, int8_tile, store_rows_avx512, decode_row_avx512, NULL}
+  {name,                                                                            \
+   LOOKUPS,                                                                         \
+   16,                                                                              \
+   tabulate_avx512,                                                                 \
+   exact_tile_avx512,                                                               \
+   quantize_avx512,                                                                 \
+   int8_tile,                                                                       \
+   store_rows_avx512,                                                               \
+   decode_row_avx512,                                                               \
+   NULL}
 static const Variant VARIANT_AVX512 = VARIANT_OF_AVX512("avx512", int8_tile_avx512);
 static const Variant VARIANT_VNNI = VARIANT_OF_AVX512("avx512vnni", int8_tile_vnni);
 
@@ -1177,24 +1264,10 @@ static const Variant VARIANT_VNNI = VARIANT_OF_AVX512("avx512vnni", int8_tile_vn
 
 #ifdef __aarch64__
 
-/* --- NEON: 16 rows a register, tables of integers --------------------------------------------- *
- *
- * A permute of bytes fetches an entry for 16 rows, but only a byte of it. Bytes of fp32 entries
- * would have to be put together again before they can be added, which takes as long as all the
- * rest. So x is rounded to integers with one scale per (token, tier, group), the 16 sums of 4
- * columns are cut into digits of so few bits that two entries (exact) or eight (int8) still add up
- * to a byte, and every digit is summed for itself.
- *
- * exact: 25 bits and a power of two as scale. x down to half of the largest of its group keep all
- *   their bits, x of 8 bits (bf16) down to 2**-17 of it; a sum of integers loses nothing more.
- * int8: 127 is the largest x of the group.
+/* --- NEON: 16 rows a register ------------------------------------------------------------------ *
  *
  * One token at a time: more would share little but the codes, 2 of 22 instructions (int8: of 10).
  */
-
-#define BLOCK 64 /* words: uint16 sums hold 64 * 4 * 254 */
-
-enum { EXACT_DIGITS = 4, EXACT_BITS = 7, INT8_DIGITS = 2, INT8_BITS = 5 };
 
 INLINE float largest_neon(const float *x, int64_t count) {
   float32x4_t most = vdupq_n_f32(0x1p-101f); /* keeps units and their inverses normal numbers */
@@ -1236,8 +1309,6 @@ INLINE void tabulate_digits(const int digits, const int bits, const float *x, in
   }
 }
 
-/* table: [words][4 bytes of a word][digits][2 lookups of a byte][16 entries]. The unit of an x that
- * is not finite is NaN, and so is the result. */
 static float tabulate_neon(const float *x, int words, int mode, int begin, int end, void *table) {
   const float largest = largest_neon(x, (int64_t)words * WORD);
   if (!isfinite(largest)) return NAN;
@@ -1247,7 +1318,7 @@ static float tabulate_neon(const float *x, int words, int mode, int begin, int e
     tabulate_digits(INT8_DIGITS, INT8_BITS, x, lookups, 127.0f / largest, table);
     return largest / 127.0f;
   }
-  const float unit = float_of_bits((bits_of_float(largest) & 0x7f800000) - (24u << 23));
+  const float unit = exact_unit(largest);
   tabulate_digits(EXACT_DIGITS, EXACT_BITS, x, lookups, 1.0f / unit, table);
   return unit;
 }
@@ -1332,7 +1403,7 @@ INLINE void tile_neon(const int digits, const int bits, const Weight *w, const A
         for (int begin = 0, end; begin < g->words; begin = end) {
           const int64_t word = (int64_t)t * w->words + g->first_word + begin;
           const uint8_t *table = (const uint8_t *)a->table + word * LOOKUPS * digits * 16;
-          end = take_words(expand_portable, w, tile, g, first, 32, begin, &planes);
+          end = take_words(pbq_expand_portable, w, tile, g, first, 32, begin, &planes);
           for (int p = 0; p < g->planes; p++)
             dot_neon(digits, bits, planes.data[p], planes.stride[p], end - begin, table, dot[p]);
         }
@@ -1388,7 +1459,6 @@ INLINE void look_up_neon(const float *value, const uint32_t *bits, int planes, f
 DEFINE_DECODE_ROW(neon, )
 
 static const Variant VARIANT_NEON = {.name = "neon",
-                                     .word_columns = WORD,
                                      .lookups = LOOKUPS,
                                      .entries = 16,
                                      .exact_tile = exact_tile_neon,
@@ -1429,8 +1499,6 @@ EXPORT const char *pbq_variant_name(int index) {
   return v ? v->name : NULL;
 }
 
-EXPORT int pbq_variant_word_columns(int index) { return variant(index)->word_columns; }
-
 static uint32_t stored_bits(const uint8_t *row, int64_t row_bytes, int64_t first, int count) {
   uint64_t bits = 0;
   for (int64_t i = 0; i < 5 && first / 8 + i < row_bytes; i++)
@@ -1449,9 +1517,8 @@ EXPORT void pbq_repack(const Weight *w, const uint8_t *stored, uint32_t *out, in
       const Group *g = w->group + i;
       for (int p = 0; p < g->stored; p++)
         for (int word = 0; word < g->words; word++, to += w->tile) {
-          const int begin = word * w->word_columns;
-          const int count =
-              g->columns - begin < w->word_columns ? g->columns - begin : w->word_columns;
+          const int begin = word * WORD;
+          const int count = g->columns - begin < WORD ? g->columns - begin : WORD;
           const int64_t first = g->bit + p * g->plane_bits + begin;
           *to =
               row < w->n ? stored_bits(stored + row * w->row_bytes, w->row_bytes, first, count) : 0;
@@ -1483,7 +1550,7 @@ EXPORT int pbq_unpack(const Weight *w, const int64_t *row, int64_t count, uint8_
       const Group *g = w->group + j;
       for (int p = 0; p < g->stored; p++)
         for (int word = 0; word < g->words; word++, from += w->tile)
-          store_bits(to, w->row_bytes, g->bit + p * g->plane_bits + word * w->word_columns, *from);
+          store_bits(to, w->row_bytes, g->bit + p * g->plane_bits + word * WORD, *from);
     }
   }
   return 0;

@@ -36,15 +36,16 @@ BUILD = "`python -m pbq_kernels.cpu_build` builds it where there is a C compiler
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MODES = {"exact": 0, "int8": 1}
-_WORD = 32  # positions of x kept for one weight word
+_WORD = 32  # columns of one word of weights
 _MOST_RUNS = 8  # of x's columns in rising order
-# What `_nanoseconds` adds up, in 1e9 a second on one thread of a Zen 4 core: lookups of one plane
-# (multiplications), decoding (weights), torch's matrix products (multiplications), choosing columns
-# of x and adding to its products (numbers), overlay entries (of a token, and of a decoded weight).
+# What `_nanoseconds` adds up, in 1e9 a second on one thread of a Zen 4 core (AVX2: Zen 3): lookups
+# of one plane (multiplications), decoding (weights), torch's matrix products (multiplications),
+# choosing columns of x and adding to its products (numbers), overlay entries (of a token, and of a
+# decoded weight).
 _RATES = {
     "avx512vnni": (135.0, 2.0),
     "avx512": (135.0, 2.0),
-    "avx2": (75.0, 0.8),
+    "avx2": (48.0, 0.6),
     # Not measured: the instructions of a Cortex-A76, in proportion to its share of `_PRODUCT`.
     "neon": (50.0, 1.5),
     "portable": (10.0, 0.5),
@@ -53,10 +54,13 @@ _PRODUCT = {torch.float32: 40.0, torch.bfloat16: 95.0}
 _GATHERED, _ADDED = 0.4, 1.0
 _OVERLAY_LOOKUPS, _OVERLAY_DECODING = 1.1, 0.1
 # The units of products.c, and what they make of bfloat16: decoding and products as above. AMX as
-# measured on a Sapphire Rapids core; the other's product is torch's on Zen 4, its decoding a guess.
+# measured on a Sapphire Rapids core; AVX512-BF16's product is torch's on Zen 4, its decoding a
+# guess.
 UNITS = ("none", "avx512bf16", "amx")
 _UNIT_RATES = {"avx512bf16": (6.0, 90.0), "amx": (8.5, 480.0)}
-# They may pay from so many tokens on.
+# The same of floats.c, which AVX2 machines multiply any dtype with: Zen 3.
+_FLOATS_RATES = 4.0, 41.0
+# Either may pay from so many tokens on.
 _LEAST_UNIT_TOKENS = 5
 # Up to so many tokens, or multiplications (tokens times weights), all is looked up otherwise.
 _MOST_LOOKUP_TOKENS = 31
@@ -90,7 +94,7 @@ class _Weight(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("n", "k", "row_bytes")),
         *((name, ctypes.c_int32) for name in ("tile", "groups", "words")),
-        *((name, ctypes.c_int32) for name in ("stream", "slots", "word_columns")),
+        *((name, ctypes.c_int32) for name in ("stream", "slots")),
         *((name, ctypes.c_int32) for name in ("variant", "trellises")),
         *((name, ctypes.c_void_p) for name in ("group", "data", "scale", "column", "column_scale")),
         *((f"overlay_{name}", ctypes.c_void_p) for name in ("start", "column", "delta", "value")),
@@ -145,6 +149,12 @@ def _declare(library: ctypes.CDLL) -> None:
     library.pbq_product_scratch.restype = wide
     library.pbq_product.argtypes = [*(pointer, integer, pointer, wide, pointer, pointer, integer)]
     library.pbq_product.restype = None
+    library.pbq_floats_scratch.argtypes = [pointer, wide, integer]
+    library.pbq_floats_scratch.restype = wide
+    library.pbq_floats.argtypes = [
+        *(pointer, pointer, integer, wide, pointer, integer, pointer, integer)
+    ]
+    library.pbq_floats.restype = None
     library.pbq_matmul.argtypes = [
         *(pointer, integer, pointer, integer, wide, pointer, integer, integer)
     ]
@@ -222,6 +232,7 @@ class CpuWeight:
     column_scale: Tensor | None  # float32 [positions of x]
     run_mask: Tensor  # int32 [ceil(k / 32), _MOST_RUNS]
     unit: str  # of `UNITS`
+    floats: bool  # many tokens are multiplied by floats.c
     overlay: _Overlay | None = None
     overlay_tokens: int = 2**62  # more are quicker decoded with the weight than looked up
 
@@ -273,11 +284,10 @@ def repack(pw: PackedWeight, library: ctypes.CDLL, variant: int) -> CpuWeight:
     """The stored planes as cpu.c's `variant` reads them. Raises PackedFormatError on bad values."""
     layout, tensors = pw.layout, pw.tensors
     check_tensors(layout, tensors, values=True)
-    columns_per_word = library.pbq_variant_word_columns(variant)
     tile = 64 if layout.n > 32 else 32
-    groups = _groups(layout, columns_per_word)
+    groups = _groups(layout)
     array = (_Group * len(groups))(*groups)
-    column, column_scale = _positions(pw, groups, columns_per_word)
+    column, column_scale = _positions(pw, groups)
     scale = _tiled_scales(pw, tile)
     stream = groups[-1].stream + groups[-1].stored * groups[-1].words
     data = _empty(math.ceil(layout.n / tile), stream, tile, dtype=torch.int32)
@@ -290,7 +300,6 @@ def repack(pw: PackedWeight, library: ctypes.CDLL, variant: int) -> CpuWeight:
         words=len(column) // _WORD,
         stream=stream,
         slots=scale.shape[1],
-        word_columns=columns_per_word,
         variant=variant,
         trellises=layout.has_trellis,
         group=ctypes.addressof(array),
@@ -315,7 +324,7 @@ def repack(pw: PackedWeight, library: ctypes.CDLL, variant: int) -> CpuWeight:
     unit = UNITS[library.pbq_unit() if name.startswith("avx512") else 0]
     weight = CpuWeight(
         *(library, name, layout.n, layout.k, bits, whole, data, scale, column, column_scale),
-        *(run_mask, unit),
+        *(run_mask, unit, name == "avx2" and not layout.overlay),
     )
     if layout.overlay:
         _add_overlay(weight, pw)
@@ -342,7 +351,7 @@ def _add_overlay(weight: CpuWeight, pw: PackedWeight) -> None:
     struct.overlay_value = overlay.value.data_ptr()
 
 
-def _groups(layout: WeightLayout, columns_per_word: int) -> list[_Group]:
+def _groups(layout: WeightLayout) -> list[_Group]:
     """Every group of every tier, in storage order; a group begins at a word of its own."""
     groups: list[_Group] = []
     byte = word = stream = scale = 0
@@ -352,7 +361,7 @@ def _groups(layout: WeightLayout, columns_per_word: int) -> list[_Group]:
         factors = tier.weights if tier.tied else (1,) * tier.depth
         for g in range(tier.groups):
             begin, columns = _group_span(tier, g)
-            words = math.ceil(columns / columns_per_word)
+            words = math.ceil(columns / _WORD)
             groups.append(
                 _Group(
                     bit=8 * byte + begin,
@@ -386,20 +395,11 @@ def _group_span(tier: Tier, g: int) -> tuple[int, int]:
     return g * size, min(size, tier.columns - g * size)
 
 
-def _positions(
-    pw: PackedWeight, groups: Sequence[_Group], columns_per_word: int
-) -> tuple[Tensor, Tensor | None]:
-    """(column int32, column_scale float32 or None) of each position of the padded x.
-
-    Words of 32 positions, the first `columns_per_word` of them used; -1 and 0 at padding.
-    """
+def _positions(pw: PackedWeight, groups: Sequence[_Group]) -> tuple[Tensor, Tensor | None]:
+    """(column int32, column_scale float32 or None) of each position of x; -1 and 0 at padding."""
     words = groups[-1].first_word + groups[-1].words
     position = torch.cat(
-        [
-            g.first_word * _WORD + c // columns_per_word * _WORD + c % columns_per_word
-            for g in groups
-            for c in [torch.arange(g.columns, device="cpu")]
-        ]
+        [torch.arange(g.columns, device="cpu") + g.first_word * _WORD for g in groups]
     )
     column = _empty(words * _WORD, dtype=torch.int32).fill_(-1)
     column[position] = pw.permutation().to(torch.int32)
@@ -479,7 +479,10 @@ def _multiply(x: Tensor, weight: CpuWeight, mode: int) -> Tensor:
     m = x.numel() // k
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], n))
-    few = m <= _MOST_LOOKUP_TOKENS or m * n * k <= _MOST_LOOKUPS
+    if weight.floats:
+        few = m < _LEAST_UNIT_TOKENS
+    else:
+        few = m <= _MOST_LOOKUP_TOKENS or m * n * k <= _MOST_LOOKUPS
     least = _LEAST_UNIT_TOKENS if mode == _MODES["exact"] else _MOST_LOOKUP_TOKENS + 1
     if m >= least and _by_unit(weight, m, x.dtype):
         _multiply_by_unit(x, weight, m, y)
@@ -559,14 +562,16 @@ def _least_dense_planes(weight: CpuWeight, m: int, dtype: torch.dtype) -> int:
 def _nanoseconds(weight: CpuWeight, planes: int, m: int, dtype: torch.dtype) -> float:
     """What one of m tokens takes when groups of at least so many planes are decoded."""
     lookups, decoding = _RATES[weight.variant]
+    product = _PRODUCT[_multiplied_as(dtype)]
+    if weight.floats:
+        decoding, product = _FLOATS_RATES
     few, many = weight.parts(planes)
     found = 0.0
     if few:
         found += weight.n * sum(g.planes * g.columns for g in few.groups) / lookups
     if many:
-        product = _PRODUCT[_multiplied_as(dtype)]
         found += weight.n * len(many.columns) * (1 / product + 1 / (decoding * m))
-    if few and many:
+    if few and many and not weight.floats:
         found += len(many.columns) / _GATHERED + weight.n / _ADDED
     if weight.overlay:
         entries = len(weight.overlay.delta)
@@ -582,7 +587,12 @@ def _multiply_many(x: Tensor, weight: CpuWeight, y: Tensor) -> None:
         # fp32 where the other groups are still to be added
         sums = torch.empty_like(y, dtype=torch.float32) if many else y
         _look_up(x, weight, ctypes.addressof(few.struct), _MODES["exact"], len(x), sums)
-    if many:
+    if many and weight.floats and x.dtype in _DTYPES:
+        product = y if sums is None else torch.empty_like(sums)
+        _multiply_as_floats(x, weight, ctypes.addressof(many.struct), product)
+        if sums is not None:
+            torch.add(sums, product, out=y)
+    elif many:
         if many is not weight.whole:
             x = x.index_select(1, many.columns)
         x = x.to(_multiplied_as(x.dtype))
@@ -595,6 +605,17 @@ def _multiply_many(x: Tensor, weight: CpuWeight, y: Tensor) -> None:
                 y[:, rows] = product
             else:
                 torch.add(sums[:, rows], product, out=y[:, rows])
+
+
+def _multiply_as_floats(x: Tensor, weight: CpuWeight, address: int, y: Tensor) -> None:
+    """y [m, n] = x [m, k] @ W_hat.T over the groups at `address`, by floats.c."""
+    m, library = len(x), weight.library
+    threads = min(torch.get_num_threads(), 1 + m * weight.bits // _BITS_PER_THREAD)
+    size = library.pbq_floats_scratch(address, m, threads)
+    library.pbq_floats(
+        *(address, x.data_ptr(), _DTYPES[x.dtype], m, y.data_ptr(), _DTYPES[y.dtype]),
+        *(_scratch(size, torch.uint8).data_ptr(), threads),
+    )
 
 
 def _decoded_tiles(

@@ -21,6 +21,7 @@ SOURCE = Path(__file__).with_name("cpu.c")
 SOURCES = {
     SOURCE: (),
     SOURCE.with_name("products.c"): (),
+    SOURCE.with_name("floats.c"): (),
     SOURCE.with_name("attention.c"): (),
     SOURCE.with_name("levels.c"): (),
     SOURCE.with_name("divergence.c"): ("-fno-trapping-math",),

@@ -21,7 +21,7 @@ static int omp_get_thread_num(void) { return 0; }
 
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
-#define WORD 32  /* positions of x kept for one weight word; AVX2 leaves the last two empty */
+#define WORD 32 /* columns of one word of weights */
 #define MAX_TILE 64
 #define MAX_PLANES 8
 #define MOST_RUNS 8 /* of columns in rising order: five tiers, or a few with groups of columns */
@@ -57,7 +57,7 @@ typedef struct {
 /* Mirrors Weight in cpu.py. */
 typedef struct {
   int64_t n, k, row_bytes;
-  int32_t tile, groups, words, stream, slots, word_columns, variant;
+  int32_t tile, groups, words, stream, slots, variant;
   int32_t trellises; /* whether there are any */
   const Group *group;
   const uint32_t *data;      /* [tiles, stream, tile] */
@@ -168,7 +168,9 @@ typedef struct {
 typedef void Expand(const Weight *w, int64_t tile, const Group *g, int first, int rows, int begin,
                     int end, Planes *to);
 
+Expand pbq_expand_portable;
 #ifdef __x86_64__
+Expand pbq_expand_avx2;   /* a multiple of 8 rows */
 Expand pbq_expand_avx512; /* 32 or 64 rows; reads whole registers */
 #endif
 

@@ -46,7 +46,7 @@ static int add_groups(Weight *w, Group *groups, const Tier *tiers, int count) {
       g->bit = 8 * byte + begin;
       g->plane_bits = tiers[t].columns;
       g->columns = left < tiers[t].group_size ? left : tiers[t].group_size;
-      g->words = (g->columns + w->word_columns - 1) / w->word_columns;
+      g->words = (g->columns + WORD - 1) / WORD;
       g->first_word = w->words;
       g->stream = w->stream;
       g->stored = tiers[t].planes;
@@ -83,8 +83,7 @@ static int32_t *columns_of(const Weight *w, const Group *groups, const int64_t *
   for (int i = 0; i < w->words * WORD; i++) column[i] = -1;
   for (int i = 0; i < w->groups; i++)
     for (int c = 0; c < groups[i].columns; c++)
-      column[(groups[i].first_word + c / w->word_columns) * WORD + c % w->word_columns] =
-          (int32_t)*order++;
+      column[groups[i].first_word * WORD + c] = (int32_t)*order++;
   return column;
 }
 
@@ -112,13 +111,30 @@ static void check_products(const Weight *w, const char *x, int64_t m, int thread
   free(y), free(sums);
 }
 
+/* By floats.c, whose sums are in another order, against lookups. */
+static void check_floats(const Weight *w, const char *x, int dtype, int64_t m, int threads) {
+  const int64_t count = m * w->n;
+  float *y = malloc(count * sizeof *y), *sums = malloc(count * sizeof *sums);
+  float error = 0, most = 1e-30f;
+  Weight plain = *w;
+  plain.overlay_start = NULL;
+  void *scratch = aligned_alloc(64, pbq_floats_scratch(w, m, threads));
+  if (pbq_matmul(&plain, EXACT, x, dtype, m, sums, FLOAT32, 1)) exit(2);
+  pbq_floats(w, x, dtype, m, y, FLOAT32, scratch, threads);
+  for (int64_t i = 0; i < count; i++) {
+    if (!(fabsf(y[i] - sums[i]) <= error)) error = fabsf(y[i] - sums[i]);
+    if (fabsf(sums[i]) > most) most = fabsf(sums[i]);
+  }
+  if (!(error <= 2e-6f * most)) exit(8);
+  free(scratch), free(y), free(sums);
+}
+
 /* y [m, n] and dense [n, k] (or NULL), both in fp32; x[m - 1, 0] is `last` where that is not 0. */
 static void run(const Case *c, int index, int threads, float last, float *y, float *dense) {
   const int64_t n = c->n, m = c->m;
   const int dtype = c->dtype;
   Group groups[GROUPS] = {0};
   Weight w = {.n = n, .variant = index, .tile = n > 64 ? 64 : 32};
-  w.word_columns = pbq_variant_word_columns(index);
   for (int t = 0; t < c->count; t++) {
     w.k += c->tiers[t].columns;
     w.trellises |= c->tiers[t].path != 0;
@@ -168,8 +184,9 @@ static void run(const Case *c, int index, int threads, float last, float *y, flo
   w.data = exactly(data, tiles * w.stream * w.tile * 4);
   if (pbq_matmul(&w, c->mode, x, dtype, m, out, dtype, threads)) exit(2);
   for (int64_t i = 0; i < m * n; i++) y[i] = load(out, i, dtype);
-  if (dtype == BFLOAT16 && c->mode == EXACT && w.word_columns == WORD && last == 0)
-    check_products(&w, x, m, threads);
+  if (dtype == BFLOAT16 && c->mode == EXACT && last == 0) check_products(&w, x, m, threads);
+  if (c->mode == EXACT && last == 0 && !strcmp(pbq_variant_name(index), "avx2"))
+    check_floats(&w, x, dtype, m, threads);
   char *decoded = malloc(n * w.k * element), *line = malloc(threads * w.k * element);
   int64_t *to = malloc(w.k * sizeof(int64_t));
   for (int64_t i = 0; i < w.k; i++) to[i] = w.k - 1 - i;

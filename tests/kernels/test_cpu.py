@@ -283,7 +283,8 @@ def test_how_many_planes_are_worth_decoding(
     random_packed: RandomPacked, monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL
 ) -> None:
     weight = repack(random_packed(32, 64, (Tier(1, 40), Tier(4, 24))), library, 0)
-    weight.variant = "avx512vnni"
+    weight.variant, weight.floats = "avx512vnni", False
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: True)
     # 136 bits a row at 135e9 a second; decoded, 64 weights at 95e9 and, shared by m, at 2e9
     assert cpu._nanoseconds(weight, 5, 100, torch.bfloat16) == pytest.approx(32 * 136 / 135)
     assert cpu._nanoseconds(weight, 0, 100, torch.bfloat16) == pytest.approx(
@@ -293,7 +294,6 @@ def test_how_many_planes_are_worth_decoding(
     assert cpu._nanoseconds(weight, 2, 100, torch.bfloat16) == pytest.approx(split)
     chosen = [cpu._least_dense_planes(weight, m, torch.bfloat16) for m in (8, 64, 4096)]
     assert chosen == [5, 5, 0]
-    assert cpu._least_dense_planes(weight, 4096, torch.float16) == 5
     assert cpu._least_dense_planes(weight, 4096, torch.float64) == 0  # no lookups in float64
     for m in range(100, 300):
         cpu._least_dense_planes(weight, m, torch.bfloat16)
@@ -301,12 +301,22 @@ def test_how_many_planes_are_worth_decoding(
     assert cpu._nanoseconds(weight, 0, 100, torch.float32) == pytest.approx(
         32 * 64 * (1 / 40 + 1 / 200)
     )
+    # float16 goes by way of float32, and bfloat16 where the CPU cannot multiply it
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert cpu._nanoseconds(weight, 0, 100, dtype) == pytest.approx(
+            32 * 64 * (1 / 40 + 1 / 200)
+        )
+    weight.variant, weight.floats = "avx2", True
+    split = 32 * 40 / 48 + 32 * 24 * (1 / 41 + 1 / 400)
+    assert cpu._nanoseconds(weight, 2, 100, torch.float16) == pytest.approx(split)
 
 
 def test_few_multiplications_are_looked_up(
     random_packed: RandomPacked, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = repack(random_packed(256, 256, (Tier(2, 256),)), library, 0)
+    weight.floats = False
     asked: list[int] = []
     monkeypatch.setattr(cpu, "_multiply_many", lambda x, weight, y: asked.append(len(x)))
     for m in (31, 32, 2048, 2049):  # 2048 tokens are 2**27 multiplications

@@ -1,4 +1,4 @@
-"""products.c: weights decoded for the CPU's bfloat16 units, to the bit; and when they are used."""
+"""products.c and floats.c: weights decoded to the bit, by the reference; and when they are used."""
 
 from __future__ import annotations
 
@@ -44,7 +44,12 @@ SHAPES: dict[str, tuple[int, int, tuple[Tier, ...]]] = {
 
 
 def prepared(pw: PackedWeight, unit: str) -> CpuWeight:
-    """Skips where the machine has no such unit."""
+    """Skips where the machine has no such unit. That of floats.c are registers of AVX2."""
+    if unit == "floats":
+        backend = CpuBackend("cpu", variant="avx2")
+        if reason := backend.why_not(pw.layout, torch.device("cpu")):
+            pytest.skip(reason)
+        return backend.prepare(pw)
     weight = CpuBackend("cpu").prepare(pw)
     if weight.unit == "none" or (unit, weight.unit) == ("amx", "avx512bf16"):
         pytest.skip(f"this CPU or its library has no {unit}")
@@ -52,14 +57,22 @@ def prepared(pw: PackedWeight, unit: str) -> CpuWeight:
     return weight
 
 
-def product(x: Tensor, weight: CpuWeight) -> Tensor:
-    y = torch.full((len(x), weight.n), torch.nan, dtype=BFLOAT16)
-    cpu._multiply_by_unit(x, weight, len(x), y)
+def product(x: Tensor, weight: CpuWeight, dtype: torch.dtype | None = None) -> Tensor:
+    y = torch.full((len(x), weight.n), torch.nan, dtype=dtype or x.dtype)
+    if weight.floats:
+        cpu._multiply_as_floats(x, weight, weight.address, y)
+    else:
+        cpu._multiply_by_unit(x, weight, len(x), y)
     return y
 
 
-def random_x(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+def dtype_of(unit: str) -> torch.dtype:
+    """What weights are rounded to, if to anything."""
+    return torch.float32 if unit == "floats" else BFLOAT16
+
+
+def random_x(*shape: int, dtype: torch.dtype = BFLOAT16) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +82,7 @@ def threads() -> object:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["avx512bf16", "amx"])
+@pytest.fixture(params=["avx512bf16", "amx", "floats"])
 def unit(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -79,11 +92,13 @@ def unit(request: pytest.FixtureRequest) -> str:
 def test_weights_are_those_of_the_reference_to_the_bit(
     shape: str, column_scale: bool, overlay: float, unit: str, random_packed: RandomPacked
 ) -> None:
-    """x of a single one gives a column of the weight, which bfloat16 holds as it is."""
+    """x of a single one gives a column of the weight, which y's dtype holds as it is."""
     n, k, tiers = SHAPES[shape]
+    if unit == "floats" and overlay:
+        pytest.skip("floats.c leaves overlays to others")
     pw = random_packed(n, k, tiers, column_scale=column_scale, overlay=overlay)
-    weight, ones = prepared(pw, unit), torch.eye(k, dtype=BFLOAT16)
-    expected = dequantize(pw, BFLOAT16)
+    weight, ones = prepared(pw, unit), torch.eye(k, dtype=dtype_of(unit))
+    expected = dequantize(pw, dtype_of(unit))
     assert torch.equal(product(ones, weight).T, expected)
     # few tokens for the rows: x is put in the columns' order, not the weight in x's
     some = torch.arange(0, k, 1 + k // 40)
@@ -92,10 +107,26 @@ def test_weights_are_those_of_the_reference_to_the_bit(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_floats_are_sums_of_float32(
+    dtype: torch.dtype, shape: str, random_packed: RandomPacked
+) -> None:
+    n, k, tiers = SHAPES[shape]
+    pw = random_packed(n, k, tiers, column_scale=True)
+    weight, dense = prepared(pw, "floats"), dequantize(pw).double()
+    for m in (1, 2, 3, 4, 5, 6, 7, 50):
+        x = random_x(m, k, dtype=dtype)
+        exact, size = x.double() @ dense.T, x.double().abs() @ dense.abs().T
+        wide = product(x, weight, torch.float32)
+        assert ((wide.double() - exact).abs() <= 1e-6 * size).all(), m
+        assert torch.equal(product(x, weight), wide.to(dtype)), m
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_sums_are_rounded_once(shape: str, unit: str, random_packed: RandomPacked) -> None:
     n, k, tiers = SHAPES[shape]
     pw = random_packed(n, k, tiers)
-    weight, dense = prepared(pw, unit), dequantize(pw, BFLOAT16).double()
+    weight, dense = prepared(pw, unit), dequantize(pw, dtype_of(unit)).double()
     for m in (1, 5, 16, 17, 32, 50):
         x = random_x(m, k)
         exact, size = x.double() @ dense.T, x.double().abs() @ dense.abs().T
@@ -144,9 +175,12 @@ def test_torch_keeps_its_own_tiles(random_packed: RandomPacked) -> None:
         assert torch.equal(product(x, weight), y)
 
 
-def test_the_quickest_way_is_chosen(random_packed: RandomPacked) -> None:
+def test_the_quickest_way_is_chosen(
+    random_packed: RandomPacked, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight = CpuBackend("cpu").prepare(random_packed(64, 96, (Tier(1, 50), Tier(4, 46))))
-    weight.variant = "avx512vnni"
+    weight.variant, weight.floats = "avx512vnni", False
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: True)
     # of a weight: lookups of 2.44 planes at 135e9 a second, or decoding at 8.5e9 and 480e9
     planes = (50 + 4 * 46) / 96
     from_tokens = (1 / 8.5) / (planes / 135 - 1 / 480)
@@ -179,3 +213,33 @@ def test_which_products_the_unit_makes(
         backend.matmul(random_x(m, 96), weight)
         backend.matmul(random_x(m, 96).float(), weight)
     assert asked == [m for m, chosen in zip((4, 31, 32), by_unit, strict=True) if chosen]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("planes", [0, 2, 3, 9])
+def test_groups_of_few_planes_may_be_looked_up_beside(
+    planes: int, dtype: torch.dtype, random_packed: RandomPacked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pw = random_packed(300, 177, (Tier(0, 9, offset=True), Tier(1, 61), Tier(2, 70), Tier(4, 37)))
+    weight, x = prepared(pw, "floats"), random_x(20, 177, dtype=dtype)
+    monkeypatch.setattr(cpu, "_least_dense_planes", lambda *_: planes)
+    y = cpu._multiply(x, weight, 0)
+    exact = x.double() @ dequantize(pw).double().T
+    error = float((y.double() - exact).norm() / exact.norm())
+    assert error < {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+
+
+def test_floats_are_for_many_tokens_of_weights_without_overlay(
+    random_packed: RandomPacked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = prepared(random_packed(64, 96, (Tier(4, 96),)), "floats")
+    other = prepared(random_packed(64, 96, (Tier(4, 96),), overlay=0.05), "floats")
+    assert weight.floats and not other.floats
+    asked: list[int] = []
+    monkeypatch.setattr(cpu, "_multiply_as_floats", lambda x, *_: asked.append(len(x)))
+    for m in (1, 4, 16, 100):
+        cpu._multiply(torch.zeros(m, 96), weight, 0)
+        cpu._multiply(torch.zeros(m, 96), other, 0)
+        cpu._multiply(torch.zeros(m, 96), weight, 1)  # int8
+    cpu._multiply(torch.zeros(100, 96, dtype=torch.float64), weight, 0)
+    assert asked == [16, 100]
