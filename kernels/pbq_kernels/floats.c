@@ -147,12 +147,10 @@ INLINE AVX2 void multiply(const int T, int64_t columns, const float *x, const fl
     for (int r = 0; r < 2; r++) _mm256_storeu_ps(sum + t * ROWS + 8 * r, acc[t][r]);
 }
 
-/* All tokens by the words from `first` on. */
-static AVX2 void multiply_all(const Weight *w, const float *x, int64_t tokens, int first, int words,
+/* The same of all tokens; x_step from TOKENS of them to the next. */
+static AVX2 void multiply_all(const float *x, int64_t x_step, int64_t tokens, int64_t columns,
                               const float *weight, float *sum) {
-  const int64_t columns = (int64_t)words * WORD;
-  x += (int64_t)first * WORD * TOKENS;
-  for (; tokens > 0; tokens -= TOKENS, x += (int64_t)w->words * WORD * TOKENS, sum += TOKENS * ROWS)
+  for (; tokens > 0; tokens -= TOKENS, x += x_step, sum += TOKENS * ROWS)
     switch (tokens < TOKENS ? tokens : TOKENS) {
       case 1: multiply(1, columns, x, weight, sum); break;
       case 2: multiply(2, columns, x, weight, sum); break;
@@ -163,10 +161,30 @@ static AVX2 void multiply_all(const Weight *w, const float *x, int64_t tokens, i
     }
 }
 
+INLINE void store_as(const float *sum, int64_t tokens, int rows, int dtype, void *y, int64_t at,
+                     int64_t step) {
+  for (int64_t t = 0; t < tokens; t++, sum += ROWS, at += step)
+    if (rows == ROWS) /* a constant count is vectorized */
+      for (int r = 0; r < ROWS; r++) store(y, at + r, dtype, sum[r]);
+    else
+      for (int r = 0; r < rows; r++) store(y, at + r, dtype, sum[r]);
+}
+
+/* Sums of up to ROWS rows into y, from `at` on; `step` from a token to the next. */
+static AVX2 void store_sums(const float *sum, int64_t tokens, int rows, int dtype, void *y,
+                            int64_t at, int64_t step) {
+  if (dtype == FLOAT32)
+    store_as(sum, tokens, rows, FLOAT32, y, at, step);
+  else if (dtype == BFLOAT16)
+    store_as(sum, tokens, rows, BFLOAT16, y, at, step);
+  else
+    store_as(sum, tokens, rows, FLOAT16, y, at, step);
+}
+
 /* Rows [row, row + ROWS) of the weight. */
 static AVX2 void run_block(const Weight *w, const float *x, int64_t tokens, int64_t row,
                            float *weight, float *sum, void *y, int dtype) {
-  const int64_t tile = row / w->tile, rows = w->n - row < ROWS ? w->n - row : ROWS;
+  const int64_t tile = row / w->tile, step = (int64_t)w->words * WORD * TOKENS;
   const int first = (int)(row % w->tile);
   Planes planes;
   memset(sum, 0, (size_t)tokens * ROWS * sizeof *sum);
@@ -181,12 +199,12 @@ static AVX2 void run_block(const Weight *w, const float *x, int64_t tokens, int6
         for (int p = 0; p < g->planes; p++)
           data[p] = planes.data[p] + (int64_t)(at - begin) * planes.stride[p];
         decode(w, tile, g, first, data, planes.stride, words, weight);
-        multiply_all(w, x, tokens, g->first_word + at, words, weight, sum);
+        multiply_all(x + (int64_t)(g->first_word + at) * WORD * TOKENS, step, tokens,
+                     (int64_t)words * WORD, weight, sum);
       }
     }
   }
-  for (int64_t t = 0; t < tokens; t++, sum += ROWS)
-    for (int64_t r = 0; r < rows; r++) store(y, t * w->n + row + r, dtype, sum[r]);
+  store_sums(sum, tokens, (int)(w->n - row < ROWS ? w->n - row : ROWS), dtype, y, row, w->n);
 }
 
 /* From address `from` on; returns how many bytes they take. */
