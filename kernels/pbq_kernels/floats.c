@@ -12,14 +12,15 @@
 
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define ROWS 16
+#define BLOCK 32 /* rows for which x is read once */
 #define TOKENS 6
 #define WORDS 8          /* decoded at once */
-#define MOST_TOKENS 1020 /* laid out at once */
+#define MOST_TOKENS 240 /* laid out at once */
 
 typedef struct {
   float *x;      /* [tokens / TOKENS, rounded up][words * WORD][TOKENS] */
   float *weight; /* [threads][WORDS * WORD][ROWS] */
-  float *sum;    /* [threads][tokens][ROWS] */
+  float *sum;    /* [threads][BLOCK / ROWS][tokens][ROWS] */
 } Buffers;
 
 /* --- x ---------------------------------------------------------------------------------------- */
@@ -181,30 +182,35 @@ static AVX2 void store_sums(const float *sum, int64_t tokens, int rows, int dtyp
     store_as(sum, tokens, rows, FLOAT16, y, at, step);
 }
 
-/* Rows [row, row + ROWS) of the weight. */
+/* Rows [row, row + BLOCK) of the weight. */
 static AVX2 void run_block(const Weight *w, const float *x, int64_t tokens, int64_t row,
                            float *weight, float *sum, void *y, int dtype) {
   const int64_t tile = row / w->tile, step = (int64_t)w->words * WORD * TOKENS;
   const int first = (int)(row % w->tile);
   Planes planes;
-  memset(sum, 0, (size_t)tokens * ROWS * sizeof *sum);
+  memset(sum, 0, (size_t)tokens * BLOCK * sizeof *sum);
   for (int i = 0; i < w->groups; i++) {
     const Group *g = w->group + i;
     if (!g->planes && g->offset < 0) continue; /* zeros */
     for (int begin = 0, end; begin < g->words; begin = end) {
-      end = take_words(pbq_expand_avx2, w, tile, g, first, ROWS, begin, &planes);
+      end = take_words(pbq_expand_avx2, w, tile, g, first, BLOCK, begin, &planes);
       for (int at = begin; at < end; at += WORDS) {
         const int words = end - at < WORDS ? end - at : WORDS;
-        const uint32_t *data[MAX_PLANES];
-        for (int p = 0; p < g->planes; p++)
-          data[p] = planes.data[p] + (int64_t)(at - begin) * planes.stride[p];
-        decode(w, tile, g, first, data, planes.stride, words, weight);
-        multiply_all(x + (int64_t)(g->first_word + at) * WORD * TOKENS, step, tokens,
-                     (int64_t)words * WORD, weight, sum);
+        for (int r = 0; r < BLOCK; r += ROWS) {
+          const uint32_t *data[MAX_PLANES];
+          for (int p = 0; p < g->planes; p++)
+            data[p] = planes.data[p] + (int64_t)(at - begin) * planes.stride[p] + r;
+          decode(w, tile, g, first + r, data, planes.stride, words, weight);
+          multiply_all(x + (int64_t)(g->first_word + at) * WORD * TOKENS, step, tokens,
+                       (int64_t)words * WORD, weight, sum + tokens * r);
+        }
       }
     }
   }
-  store_sums(sum, tokens, (int)(w->n - row < ROWS ? w->n - row : ROWS), dtype, y, row, w->n);
+  for (int r = 0; r < BLOCK && row + r < w->n; r += ROWS) {
+    const int64_t left = w->n - row - r;
+    store_sums(sum + tokens * r, tokens, (int)(left < ROWS ? left : ROWS), dtype, y, row + r, w->n);
+  }
 }
 
 /* From address `from` on; returns how many bytes they take. */
@@ -213,7 +219,7 @@ static int64_t lay_out(Buffers *b, const Weight *w, int64_t m, int threads, uint
   const int64_t tokens = m < MOST_TOKENS ? m : MOST_TOKENS, parts = (tokens + TOKENS - 1) / TOKENS;
   b->x = carve(&from, parts * TOKENS * w->words * WORD * (int64_t)sizeof *b->x);
   b->weight = carve(&from, (int64_t)threads * WORDS * WORD * ROWS * (int64_t)sizeof *b->weight);
-  b->sum = carve(&from, threads * tokens * ROWS * (int64_t)sizeof *b->sum);
+  b->sum = carve(&from, threads * tokens * BLOCK * (int64_t)sizeof *b->sum);
   return (int64_t)(from - begin);
 }
 
@@ -240,9 +246,9 @@ EXPORT void pbq_floats(const Weight *w, const void *x, int dtype, int64_t m, voi
         lay_out_tokens(w, from + t * w->k * size_of(dtype), dtype, tokens - t,
                        b.x + t * w->words * WORD);
       float *weight = b.weight + (int64_t)omp_get_thread_num() * WORDS * WORD * ROWS;
-      float *sum = b.sum + omp_get_thread_num() * (m < MOST_TOKENS ? m : MOST_TOKENS) * ROWS;
+      float *sum = b.sum + omp_get_thread_num() * (m < MOST_TOKENS ? m : MOST_TOKENS) * BLOCK;
 #pragma omp for schedule(dynamic)
-      for (int64_t row = 0; row < w->n; row += ROWS)
+      for (int64_t row = 0; row < w->n; row += BLOCK)
         run_block(w, b.x, tokens, row, weight, sum, to, y_dtype);
     }
   }
