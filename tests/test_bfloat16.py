@@ -123,8 +123,10 @@ def test_mistakes_are_told_by_torch():
         F.linear(A, B.T.float())
 
 
-def test_it_does_nothing_where_the_cpu_multiplies_bfloat16(monkeypatch):
-    monkeypatch.setattr(bfloat16, "multiplies_bfloat16", lambda: True)
+@pytest.mark.parametrize("cuda", [False, True])
+def test_it_does_nothing_where_a_cpu_multiplies_bfloat16_or_a_gpu_does(cuda, monkeypatch):
+    monkeypatch.setattr(bfloat16, "multiplies_bfloat16", lambda: not cuda)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: cuda)
     monkeypatch.setattr(bfloat16, "_linear", None)
     with fast_products():
         assert F.linear(A, B.T).shape == (7, 20)

@@ -47,7 +47,6 @@ typedef struct {
 
 typedef struct {
   const char *name;
-  int lookups, entries; /* of a word */
   void (*tabulate)(const float *x, int words, float *table, int tokens);
   void (*exact_tile)(const Weight *, const Activations *, int64_t tile, float *y);
   void (*quantize)(const float *x, int words, int8_t *q, float *scale, int32_t *sum);
@@ -239,7 +238,8 @@ INLINE void row_planes(const Weight *w, const Group *g, const Row *row, int word
 
 /* --- portable ------------------------------------------------------------------------------- */
 
-#define LOOKUPS 8
+#define LOOKUPS 8  /* of a word, 4 columns each */
+#define ENTRIES 16 /* of a table */
 
 /* Each `tabulate` writes the entries of one of `tokens` interleaved tables. */
 static void tabulate_portable(const float *x, int words, float *table, int tokens) {
@@ -425,16 +425,13 @@ INLINE void decode_row(const Weight *w, int64_t row, int dtype, void *out, LookU
 DEFINE_STORE_ROWS(portable, )
 DEFINE_DECODE_ROW(portable, )
 
-static const Variant PORTABLE = {"portable",
-                                 LOOKUPS,
-                                 16,
-                                 tabulate_portable,
-                                 exact_tile_portable,
-                                 quantize_portable,
-                                 int8_tile_portable,
-                                 store_rows_portable,
-                                 decode_row_portable,
-                                 NULL};
+static const Variant PORTABLE = {.name = "portable",
+                                 .tabulate = tabulate_portable,
+                                 .exact_tile = exact_tile_portable,
+                                 .quantize = quantize_portable,
+                                 .int8_tile = int8_tile_portable,
+                                 .store_rows = store_rows_portable,
+                                 .decode_row = decode_row_portable};
 
 /* --- tables of integers: AVX2 and NEON --------------------------------------------------------- *
  *
@@ -732,8 +729,6 @@ DEFINE_STORE_ROWS(avx2, AVX2)
 DEFINE_DECODE_ROW(avx2, AVX2)
 
 static const Variant VARIANT_AVX2 = {.name = "avx2",
-                                     .lookups = LOOKUPS,
-                                     .entries = 16,
                                      .exact_tile = exact_tile_avx2,
                                      .int8_tile = int8_tile_avx2,
                                      .store_rows = store_rows_avx2,
@@ -1246,17 +1241,14 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2"))) static void mer
 }
 
 /* They differ in how bytes are multiplied. */
-#define VARIANT_OF_AVX512(name, int8_tile)                                          \
-  {name,                                                                            \
-   LOOKUPS,                                                                         \
-   16,                                                                              \
-   tabulate_avx512,                                                                 \
-   exact_tile_avx512,                                                               \
-   quantize_avx512,                                                                 \
-   int8_tile,                                                                       \
-   store_rows_avx512,                                                               \
-   decode_row_avx512,                                                               \
-   NULL}
+#define VARIANT_OF_AVX512(NAME, TILE) \
+  {.name = NAME,                      \
+   .tabulate = tabulate_avx512,       \
+   .exact_tile = exact_tile_avx512,   \
+   .quantize = quantize_avx512,       \
+   .int8_tile = TILE,                 \
+   .store_rows = store_rows_avx512,   \
+   .decode_row = decode_row_avx512}
 static const Variant VARIANT_AVX512 = VARIANT_OF_AVX512("avx512", int8_tile_avx512);
 static const Variant VARIANT_VNNI = VARIANT_OF_AVX512("avx512vnni", int8_tile_vnni);
 
@@ -1459,8 +1451,6 @@ INLINE void look_up_neon(const float *value, const uint32_t *bits, int planes, f
 DEFINE_DECODE_ROW(neon, )
 
 static const Variant VARIANT_NEON = {.name = "neon",
-                                     .lookups = LOOKUPS,
-                                     .entries = 16,
                                      .exact_tile = exact_tile_neon,
                                      .int8_tile = int8_tile_neon,
                                      .store_rows = store_rows_portable,
@@ -1660,14 +1650,14 @@ static void tabulate_part(const Weight *w, const Variant *v, const Activations *
   const int begin = (int)((int64_t)w->words * rank / size);
   const int end = (int)((int64_t)w->words * (rank + 1) / size);
   const int64_t first = (int64_t)token * w->words + begin;
-  float *table = a->table + ((int64_t)begin * v->lookups * a->tokens + token) * v->entries;
+  float *table = a->table + ((int64_t)begin * LOOKUPS * a->tokens + token) * ENTRIES;
   v->tabulate(a->x + first * WORD, end - begin, table, a->tokens);
 }
 
 /* Of the tables of a word. Entries of integers have four bytes, for int8 two. */
 static int64_t table_bytes(const Variant *v, int mode) {
   const int entry = mode == EXACT ? 4 : v->tabulate_group ? 2 : 0;
-  return (int64_t)v->lookups * v->entries * entry;
+  return LOOKUPS * ENTRIES * entry;
 }
 
 /* This share of every group's words; the share of a group's first word keeps its scale. */
