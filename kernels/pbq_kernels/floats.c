@@ -127,13 +127,14 @@ static AVX2 void decode(const Weight *w, int64_t tile, const Group *g, int row,
 
 /* --- products --------------------------------------------------------------------------------- */
 
-/* sum [T][ROWS] += x [columns][TOKENS] @ weight [columns][ROWS] */
+/* sum [T][ROWS] += x [columns][TOKENS] @ weight [columns][ROWS], summed for itself first: what is
+ * lost by rounding grows with the columns that are added one after the other. */
 INLINE AVX2 void multiply(const int T, int64_t columns, const float *x, const float *weight,
                           float *sum) {
   __m256 acc[TOKENS][2];
 #pragma GCC unroll 6
   for (int t = 0; t < T; t++)
-    for (int r = 0; r < 2; r++) acc[t][r] = _mm256_loadu_ps(sum + t * ROWS + 8 * r);
+    for (int r = 0; r < 2; r++) acc[t][r] = _mm256_setzero_ps();
   for (int64_t c = 0; c < columns; c++, x += TOKENS, weight += ROWS) {
     const __m256 low = _mm256_loadu_ps(weight), high = _mm256_loadu_ps(weight + 8);
 #pragma GCC unroll 6
@@ -145,7 +146,10 @@ INLINE AVX2 void multiply(const int T, int64_t columns, const float *x, const fl
   }
 #pragma GCC unroll 6
   for (int t = 0; t < T; t++)
-    for (int r = 0; r < 2; r++) _mm256_storeu_ps(sum + t * ROWS + 8 * r, acc[t][r]);
+    for (int r = 0; r < 2; r++) {
+      float *const at = sum + t * ROWS + 8 * r;
+      _mm256_storeu_ps(at, _mm256_add_ps(_mm256_loadu_ps(at), acc[t][r]));
+    }
 }
 
 /* The same of all tokens; x_step from TOKENS of them to the next. */

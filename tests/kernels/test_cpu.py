@@ -617,8 +617,19 @@ def test_loading_brings_no_second_openmp_runtime(library_path: Path, tmp_path: P
 
 def with_products(source: Path) -> list[str]:
     """What a program of the sanitizer is made of: it includes the file that it tests."""
-    products = [str(cpu_build.SOURCE.with_name("products.c"))]
+    products = [str(cpu_build.SOURCE.with_name(name)) for name in ("products.c", "floats.c")]
     return [str(source), *(products if source.stem == "cpu_sanitize" else [])]
+
+
+def skip_without(command: list[str], folder: Path) -> None:
+    """Where this compiler makes no program of nothing."""
+    empty = folder / "empty.c"
+    empty.write_text("#include <math.h>\nint main(void) { return 0; }\n")
+    built = subprocess.run(
+        [*command, str(empty), "-o", str(folder / "empty")], capture_output=True, text=True
+    )
+    if built.returncode:
+        pytest.skip(f"{command[0]} cannot: {built.stderr.splitlines()[:1]}")
 
 
 @pytest.mark.parametrize(
@@ -635,16 +646,14 @@ def test_sanitizers(tmp_path: Path, name: str, least: int) -> None:
     except cpu_build.BuildError as error:
         pytest.skip(str(error))
     flags = "-g1 -Og -std=gnu11 -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all"
+    command = [*compiler, *flags.split()]
+    skip_without(command, tmp_path)
     program = tmp_path / f"{name}_sanitize"
     source = Path(__file__).with_name(f"{name}_sanitize.c")
     folder = f"-I{cpu_build.SOURCE.parent}"
-    built = subprocess.run(
-        [*compiler, *flags.split(), folder, *with_products(source), "-o", str(program), "-lm"],
-        capture_output=True,
-        text=True,
+    subprocess.run(
+        [*command, folder, *with_products(source), "-o", str(program), "-lm"], check=True
     )
-    if built.returncode:
-        pytest.skip(f"no sanitizer build here: {built.stderr.splitlines()[:1]}")
     # waiting threads must not spin where the tests share two cores
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run([str(program)], env=environment, capture_output=True, text=True)
@@ -664,10 +673,8 @@ def test_arm_under_emulation(tmp_path: Path, name: str, cases: int) -> None:
         pytest.skip("needs aarch64-linux-gnu-gcc and qemu-aarch64")
     own = cpu_build.SOURCES[cpu_build.SOURCE.with_name(f"{name}.c")]
     command = [compiler, *cpu_build.FLAGS, *own, "-fopenmp", "-static"]
-    empty, program = tmp_path / "empty.c", tmp_path / f"{name}_arm"
-    empty.write_text("#include <math.h>\nint main(void) { return 0; }\n")
-    if subprocess.run([*command, str(empty), "-o", str(program)], capture_output=True).returncode:
-        pytest.skip(f"{compiler} comes without a C library")
+    skip_without(command, tmp_path)
+    program = tmp_path / f"{name}_arm"
     source, folder = Path(__file__).with_name(f"{name}_sanitize.c"), f"-I{cpu_build.SOURCE.parent}"
     subprocess.run(
         [*command, folder, *with_products(source), "-o", str(program), "-lm"], check=True
