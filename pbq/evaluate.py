@@ -205,10 +205,10 @@ def perplexity(
     try:
         for done in range(windows):
             ids = text.ids[done * window : (done + 1) * window]
-            naming = _out_of_memory_named("a smaller --window, or --device cpu")
-            with torch.no_grad(), fast_products(), naming:
+            with torch.no_grad(), _out_of_memory_named("a smaller --window, or --device cpu"):
                 if logits_of is None:
-                    logits = model(ids[None].to(model.device), use_cache=False).logits[0]
+                    with fast_products():
+                        logits = model(ids[None].to(model.device), use_cache=False).logits[0]
                 else:
                     logits = logits_of(done)
                 loss = _mean_loss(logits[:-1], ids[1:], chunk)

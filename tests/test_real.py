@@ -25,7 +25,8 @@ from pbq.tune import relative_error
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 BLOCKS = 2
-pytestmark = pytest.mark.real
+# a CPU without bfloat16 takes five times as long as one with AMX
+pytestmark = [pytest.mark.real, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
