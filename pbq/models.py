@@ -342,7 +342,6 @@ def run_block(block: Callable[..., Any], hidden: Tensor, call: Call) -> Tensor:
 
 
 @torch.no_grad()
-@fast_products()
 def record_calls(
     model: PreTrainedModel,
     blocks: nn.ModuleList,
@@ -365,7 +364,6 @@ def record_calls(
 
 
 @torch.no_grad()
-@fast_products()
 def run_tail(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor, hidden: Tensor) -> Tensor:
     """Logits [b, L, vocabulary] of `hidden` [b, L, d], the output of the last block for `ids`.
 
@@ -392,6 +390,7 @@ class _Misfit(Exception):
     """The model does not take what the stubs return."""
 
 
+@fast_products()
 def _through_stubs(
     model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor, end: Tensor | None = None
 ) -> tuple[Tensor, list[Call], Tensor | None]:

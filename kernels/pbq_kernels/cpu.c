@@ -463,12 +463,6 @@ INLINE float exact_unit(float largest) {
 
 /* --- AVX2: 32 rows a register, tables of integers ---------------------------------------------- */
 
-#define AVX2 __attribute__((target("avx2,fma,f16c")))
-
-INLINE AVX2 __m256 scales_avx2(const uint16_t *scale) {
-  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)scale));
-}
-
 INLINE AVX2 float largest_avx2(const float *x, int64_t count) {
   const __m256 absolute = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   __m256 most = _mm256_set1_ps(0x1p-101f); /* keeps units and their inverses normal numbers */

@@ -10,14 +10,14 @@
 
 #ifdef __x86_64__
 
-#define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define ROWS 16
 #define BLOCK 32 /* rows for which x is read once */
 #define TOKENS 6
-#define WORDS 8          /* decoded at once */
+#define WORDS 8         /* decoded at once */
 #define MOST_TOKENS 240 /* laid out at once */
 
 typedef struct {
+  int64_t tokens; /* laid out at once, at most */
   float *x;      /* [tokens / TOKENS, rounded up][words * WORD][TOKENS] */
   float *weight; /* [threads][WORDS * WORD][ROWS] */
   float *sum;    /* [threads][BLOCK / ROWS][tokens][ROWS] */
@@ -52,15 +52,11 @@ typedef struct {
   __m256 offset, scale[MAX_PLANES];
 } Scales;
 
-INLINE AVX2 __m256 halves(const uint16_t *from) {
-  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
-}
-
 INLINE AVX2 Scales read_scales(const Weight *w, int64_t tile, const Group *g, int row) {
   Scales s;
-  s.offset = g->offset < 0 ? _mm256_setzero_ps() : halves(scales_of(w, tile, g->offset) + row);
+  s.offset = g->offset < 0 ? _mm256_setzero_ps() : scales_avx2(scales_of(w, tile, g->offset) + row);
   for (int p = 0; p < g->planes; p++)
-    s.scale[p] = _mm256_mul_ps(halves(scales_of(w, tile, scale_slot(g, p)) + row),
+    s.scale[p] = _mm256_mul_ps(scales_avx2(scales_of(w, tile, scale_slot(g, p)) + row),
                                _mm256_set1_ps(g->factor[p]));
   return s;
 }
@@ -220,10 +216,11 @@ static AVX2 void run_block(const Weight *w, const float *x, int64_t tokens, int6
 /* From address `from` on; returns how many bytes they take. */
 static int64_t lay_out(Buffers *b, const Weight *w, int64_t m, int threads, uintptr_t from) {
   const uintptr_t begin = from;
-  const int64_t tokens = m < MOST_TOKENS ? m : MOST_TOKENS, parts = (tokens + TOKENS - 1) / TOKENS;
+  b->tokens = m < MOST_TOKENS ? m : MOST_TOKENS;
+  const int64_t parts = (b->tokens + TOKENS - 1) / TOKENS;
   b->x = carve(&from, parts * TOKENS * w->words * WORD * (int64_t)sizeof *b->x);
   b->weight = carve(&from, (int64_t)threads * WORDS * WORD * ROWS * (int64_t)sizeof *b->weight);
-  b->sum = carve(&from, threads * tokens * BLOCK * (int64_t)sizeof *b->sum);
+  b->sum = carve(&from, threads * b->tokens * BLOCK * (int64_t)sizeof *b->sum);
   return (int64_t)(from - begin);
 }
 
@@ -250,7 +247,7 @@ EXPORT void pbq_floats(const Weight *w, const void *x, int dtype, int64_t m, voi
         lay_out_tokens(w, from + t * w->k * size_of(dtype), dtype, tokens - t,
                        b.x + t * w->words * WORD);
       float *weight = b.weight + (int64_t)omp_get_thread_num() * WORDS * WORD * ROWS;
-      float *sum = b.sum + omp_get_thread_num() * (m < MOST_TOKENS ? m : MOST_TOKENS) * BLOCK;
+      float *sum = b.sum + omp_get_thread_num() * b.tokens * BLOCK;
 #pragma omp for schedule(dynamic)
       for (int64_t row = 0; row < w->n; row += BLOCK)
         run_block(w, b.x, tokens, row, weight, sum, to, y_dtype);

@@ -153,6 +153,15 @@ INLINE const uint16_t *scales_of(const Weight *w, int64_t tile, int slot) {
   return w->scale + (tile * w->slots + slot) * w->tile;
 }
 
+#ifdef __x86_64__
+#define AVX2 __attribute__((target("avx2,fma,f16c")))
+
+/* Of 8 rows. */
+INLINE AVX2 __m256 scales_avx2(const uint16_t *scale) {
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)scale));
+}
+#endif
+
 /* --- trellis -------------------------------------------------------------------------------- */
 
 /* Planes of the levels, some words and rows of them, each with its step from word to word: in the

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trial import PATIENCE, Trial, Watch, clear, contents, ended, partial, wait
+from trial import Trial, Watch, clear, contents, partial, wait
 
 KILLED = -signal.SIGKILL
 AIMS = ("calibrate", "reconstruct", "refine", "distil", "write")
@@ -74,15 +74,11 @@ def durations(trial: Trial, out: Path) -> dict[str, float]:
     child = trial.start(out, sabotage=watch.install)
     longest: dict[str, float] = {}
     stage, entries, since = watch.read()
-    until = time.monotonic() + PATIENCE
-    while not ended(child):
-        if time.monotonic() > until:
-            trial.give_up(child, out)
+    for _ in trial.running(child, out):
         now, count, at = watch.read()
         if count != entries:
             longest[stage] = max(longest.get(stage, 0.0), at - since)
             stage, entries, since = now, count, at
-        time.sleep(0.0005)
     longest[stage] = time.monotonic() - since
     wait(child)
     clear(out)
@@ -97,10 +93,8 @@ def kill_in(trial: Trial, out: Path, aim: str, delay: float, skip: int) -> str |
     watch = Watch()
     watch.reset()
     child = trial.start(out, sabotage=watch.install)
-    until, seen, last = time.monotonic() + PATIENCE, 0, -1
-    while not ended(child):
-        if time.monotonic() > until:
-            trial.give_up(child, out)
+    seen, last = 0, -1
+    for _ in trial.running(child, out):
         stage, entries, _ = watch.read()
         late = stage == "write" and aim != "write"
         if stage == aim and entries != last:
@@ -108,7 +102,6 @@ def kill_in(trial: Trial, out: Path, aim: str, delay: float, skip: int) -> str |
         if late or seen > (skip if aim in ("reconstruct", "refine") else 0):
             time.sleep(delay)
             break
-        time.sleep(0.0005)
     stage = watch.read()[0]
     os.kill(child, signal.SIGKILL)
     return stage if wait(child) == KILLED else None

@@ -17,10 +17,10 @@ import struct
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -30,7 +30,7 @@ from pbq.cli import app
 # The command imports it late; here it must be there before the first fork.
 assert pipeline
 # Seconds for a run of a second or two: one that hangs says where (its log), and is killed.
-PATIENCE = 60.0
+PATIENCE = 120.0
 # What the stages of a run are called there, and here. "refine" is the tuning of a block.
 STAGES = {
     "load the model": "load",
@@ -171,17 +171,20 @@ class Trial:
     def run(self, out: Path, *options: str, sabotage: Callable[[], object] = lambda: None) -> int:
         """Exit code of a run; -9 when it was killed. Raises TimeoutError when it hangs."""
         child = self.start(out, *options, sabotage=sabotage)
+        for _ in self.running(child, out):
+            pass
+        return wait(child)
+
+    def running(self, child: int, out: Path) -> Iterator[None]:
+        """Again and again until the run has ended. Raises TimeoutError with its log if it hangs."""
         until = time.monotonic() + PATIENCE
         while not ended(child):
             if time.monotonic() > until:
-                self.give_up(child, out)
-            time.sleep(0.002)
-        return wait(child)
-
-    def give_up(self, child: int, out: Path) -> NoReturn:
-        os.kill(child, signal.SIGKILL)
-        wait(child)
-        raise TimeoutError(f"a run into {out} does not end:\n{self.log(out).read_text()}")
+                os.kill(child, signal.SIGKILL)
+                wait(child)
+                raise TimeoutError(f"a run into {out} does not end:\n{self.log(out).read_text()}")
+            yield
+            time.sleep(0.0005)
 
     def log(self, out: Path) -> Path:
         """What the last run into `out` printed."""
