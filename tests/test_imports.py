@@ -54,6 +54,7 @@ FLOORS: dict[str, int] = {
     "pbq.shards": 4,
     "pbq.memory": 4,
     "pbq.finished": 4,
+    "pbq.bfloat16": 4,
     "pbq.attention": 4,
     "pbq.own_text": 4,
     "pbq.calibrate": 4,
