@@ -23,6 +23,7 @@ from typing import TypeVar
 # Before transformers is imported: no test may wait for a hub that cannot be reached.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import jaxtyping
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -48,6 +49,11 @@ from pbq_kernels.scales import encoded_scales
 # those of allocate, whose search makes a hundred thousand small ones.
 CHECKED = ["grid", "hessian", "gptq", "pack"]
 install_import_hook([f"pbq.{module}" for module in CHECKED], "beartype.beartype")
+# Tests of whole runs, a sixth of which the checks would take.
+UNCHECKED = (
+    *("test_cli.py", "test_compare.py", "test_docs.py", "test_experts.py", "test_finetune.py"),
+    *("test_memory.py", "test_pipeline.py", "test_real.py"),
+)
 
 # Tests of minutes come first: two workers then end together.
 LONG = ("test_real.py", "test_ranks.py", "test_reliability.py", "test_generation.py")
@@ -55,6 +61,35 @@ LONG = ("test_real.py", "test_ranks.py", "test_reliability.py", "test_generation
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unchecked(request: pytest.FixtureRequest) -> Iterator[None]:
+    jaxtyping.config.update("jaxtyping_disable", request.path.name in UNCHECKED)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def machine_of_known_speed() -> Iterator[Callable[..., object]]:
+    """Measuring it takes as long as a tiny run: tests that want it ask for `measured_speed`."""
+    from pbq import forecast
+
+    real = forecast.Speed.measure
+    with pytest.MonkeyPatch.context() as patch:
+        speed = forecast.Speed(1e10, 1e10)
+        patch.setattr(forecast.Speed, "measure", staticmethod(lambda *given: speed))
+        yield real
+
+
+@pytest.fixture
+def measured_speed(
+    machine_of_known_speed: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forecasts measure the machine, as everywhere but in tests."""
+    from pbq import forecast
+
+    monkeypatch.setattr(forecast.Speed, "measure", staticmethod(machine_of_known_speed))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -124,6 +124,7 @@ def test_more_effort_takes_longer():
     assert found[0] < found[1] < found[2]
 
 
+@pytest.mark.usefixtures("measured_speed")
 def test_the_speed_of_this_machine_is_one_a_machine_can_have():
     speed = measured("waterfill")
     assert 1e7 < speed.model < 1e16
