@@ -10,7 +10,6 @@ import io
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -151,18 +150,11 @@ def test_help_is_instant_and_imports_no_torch() -> None:
         "try: main()\n"
         "except SystemExit as stop: assert stop.code == 0\n"
         "heavy = {'torch', 'transformers', 'numpy', 'safetensors'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        "assert not heavy, heavy\n"
+        "assert len(sys.modules) < 600, len(sys.modules)"  # .2 to .5 s; torch alone is a thousand
     )
-    seconds = []
-    for _ in range(3):  # the best of three: other processes warm and cool the caches
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = started(code, "--help")
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert done.returncode == 0, done.stderr
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        if seconds[-1] < 0.5:
-            break
-    assert min(seconds) < 0.5
+    done = started(code, "--help")
+    assert done.returncode == 0, done.stderr
     assert all(command in done.stdout for command in COMMANDS)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from pbq import checkpoint, ranks
+from pbq.cli import app
+from pbq.console import run_guarded
 from pbq.spill import Spill
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +75,16 @@ def test_one_process_is_its_own_company() -> None:
     assert (ranks.rank(), ranks.count(), list(ranks.mine(2))) == (0, 1, [0, 1])
 
 
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the ranks have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+Run = Callable[[str], "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="module")
@@ -85,20 +96,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(folder: Path, tiny_checkpoint: Callable[[str], Path]) -> Run:
-    """run(out, processes): `pbq quantize`, by torchrun where there are several."""
+def command(folder: Path, tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], list[str]]:
+    """Words after `pbq` of a run into `out`."""
+    options = ["--method", folder / "method.py", "--calib", folder / "text.txt", "--bits", 4]
+    options += ["--nsamples", 16, "--seqlen", 32, "--device", "cpu"]
     source = tiny_checkpoint("qwen3_moe")
+    return lambda out: [str(word) for word in ("quantize", source, folder / out, *options)]
 
-    def run(out: str, processes: int) -> subprocess.CompletedProcess[str]:
-        options = ["--method", folder / "method.py", "--calib", folder / "text.txt", "--bits", 4]
-        options += ["--nsamples", 16, "--seqlen", 32, "--device", "cpu"]
-        command = ["quantize", source, folder / out, *options]
-        several = ["torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-        words = [*(several if processes > 1 else []), *(["-m"] if processes > 1 else []), "pbq"]
+
+@pytest.fixture(scope="module")
+def run(command: Callable[[str], list[str]]) -> Run:
+    """run(out): `pbq quantize`, by two ranks."""
+
+    def run(out: str) -> subprocess.CompletedProcess[str]:
+        words = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "pbq"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
         return subprocess.run(
-            [sys.executable, "-m", *map(str, [*words, *command])],
+            [sys.executable, "-m", *words, *command(out)],
             env=environment,
             capture_output=True,
             text=True,
@@ -108,17 +123,23 @@ def run(folder: Path, tiny_checkpoint: Callable[[str], Path]) -> Run:
 
 
 @pytest.mark.timeout(900)
-def test_two_ranks_make_what_one_makes_and_a_dead_one_ends_all(run: Run, folder: Path) -> None:
-    alone = run("one", 1)
-    assert alone.returncode == 0, alone.stderr
+def test_two_ranks_make_what_one_makes_and_a_dead_one_ends_all(
+    run: Run,
+    command: Callable[[str], list[str]],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    one_thread: None,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pbq", *command("one")])
+    assert run_guarded(app) == 0
     first_block = folder / "two.partial" / "block-00000.safetensors"
     (folder / "doom").write_text(str(first_block))
-    died = run("two", 2)
+    died = run("two")
     assert died.returncode != 0 and first_block.exists() and not (folder / "two").exists()
     (told,) = (line for line in died.stderr.splitlines() if line.startswith("pbq: "))
     assert "another of the 2 processes of this run has ended; finished blocks are kept" in told
     assert "the same command resumes: torchrun --nproc_per_node 2 -m pbq quantize" in told
-    together = run("two", 2)
+    together = run("two")
     assert together.returncode == 0, together.stderr
     # one of them prints; what was finished is not done again
     assert together.stderr.count("] blocks") == 1 and together.stdout.count("quantized layers") == 1
@@ -130,5 +151,5 @@ def test_two_ranks_make_what_one_makes_and_a_dead_one_ends_all(run: Run, folder:
 
 
 def test_a_refusal_is_told_once(run: Run, folder: Path) -> None:
-    refused = run("text.txt", 2)
+    refused = run("text.txt")
     assert refused.stderr.count("pbq: ") == 1 and "is a file; choose another" in refused.stderr
