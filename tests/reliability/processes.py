@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trial import PATIENCE, Trial, clear, contents, ended, wait
+from trial import PATIENCE, Trial, clear, contents, ended, unlike, wait
 
 RESOURCE = 5
 # Seconds until torchrun sees that a process is gone.
@@ -61,12 +61,12 @@ def try_processes(trial: Trial, whole: Path, tries: int, seed: int) -> Processes
         codes = finish(children)
         found.tried[count] += 1
         fault = _fault(trial, out, codes, victim)
-        if out.exists() and contents(out) != expected:
-            fault = "OUT is neither absent nor whole"
+        if out.exists() and (differ := unlike(out, expected)):
+            fault = f"OUT is neither absent nor whole: {differ} (exits {codes})"
         if not out.exists() and finish(start(trial, out, 5 - count)) != [0] * (5 - count):
             fault = f"{5 - count} processes do not resume"
-        if contents(out) != expected:
-            fault = fault or "OUT differs after resuming"
+        if differ := unlike(out, expected):
+            fault = fault or f"OUT differs after resuming: {differ}"
         if fault:
             found.faults.append(f"process {victim} of {count} killed: {fault}")
         else:

@@ -228,3 +228,13 @@ def contents(out: Path) -> dict[str, Any]:
     card = files["README.md"].decode()
     files["README.md"] = re.sub(r"\| (seconds|peak memory) \|.*", "", card)
     return files
+
+
+def unlike(out: Path, expected: dict[str, Any]) -> list[str]:
+    """Files of OUT that are not as expected; of report.json, what of it."""
+    found = contents(out)
+    names = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
+    if "report.json" in names:
+        one, other = found.get("report.json", {}), expected.get("report.json", {})
+        names += [f"{k}: {one.get(k)}" for k in sorted(one) if one[k] != other.get(k)]
+    return names
