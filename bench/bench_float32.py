@@ -66,8 +66,9 @@ def rates() -> None:
         weight = CpuBackend("cpu").prepare(packed_weight(SIDE, SIDE, mix))
         x, y = torch.randn(m, SIDE), torch.empty(m, SIDE)
         row = f"{mix:15}{m:4} tokens"
-        for name, mode in cpu._MODES.items():
-            took = best(cpu._look_up, x, weight, weight.address, mode, m, y)
+        given = {"exact": (x, "exact"), "of bf16": (x.bfloat16(), "exact"), "int8": (x, "int8")}
+        for name, (tokens, mode) in given.items():
+            took = best(cpu._look_up, tokens, weight, weight.address, cpu._MODES[mode], m, y)
             row += f"  {name} {m * weight.bits / 1e9 / took:6.1f}"
         if weight.floats:
             took = best(cpu._multiply_as_floats, x, weight, weight.address, y)

@@ -32,7 +32,8 @@
 #endif
 #define TOKENS 4 /* multiplied at once, while so many are left */
 
-enum { EXACT, INT8 };
+/* SHORT is EXACT for x of 16 bits, where tables are of integers. */
+enum { EXACT, INT8, SHORT };
 
 /* One token, or TOKENS of them, in the form the tile kernels read. */
 typedef struct {
@@ -51,6 +52,7 @@ typedef struct {
   void (*exact_tile)(const Weight *, const Activations *, int64_t tile, float *y);
   void (*quantize)(const float *x, int words, int8_t *q, float *scale, int32_t *sum);
   void (*int8_tile)(const Weight *, const Activations *, int64_t tile, float *y);
+  void (*short_tile)(const Weight *, const Activations *, int64_t tile, float *y); /* or NULL */
   void (*store_rows)(const float *from, int64_t count, int dtype, void *to, int64_t at);
   void (*decode_row)(const Weight *, int64_t row, int dtype, void *out);
   /* In place of tabulate and quantize, if there is one: tables of integers for words [begin, end)
@@ -441,8 +443,9 @@ static const Variant PORTABLE = {.name = "portable",
  * columns are cut into digits of so few bits that two entries (exact) or eight (int8) still add up
  * to a byte, and every digit is summed for itself.
  *
- * exact: 25 bits and a power of two as scale. x down to half of the largest of its group keep all
- *   their bits, x of 8 bits (bf16) down to 2**-17 of it; a sum of integers loses nothing more.
+ * exact: a power of two as scale, and 25 bits for x in float32, 18 for x of 16 bits. The former keep
+ *   all their bits down to half of the largest of its group, bf16 down to 2**-10 of it; a sum of
+ *   integers loses nothing more.
  * int8: 127 is the largest x of the group.
  *
  * table: [words][4 bytes of a word][digits][2 lookups of a byte][16 entries]. The unit of an x that
@@ -453,10 +456,18 @@ static const Variant PORTABLE = {.name = "portable",
  * sums are those of the plain form. */
 #define BLOCK CHUNK
 
-enum { EXACT_DIGITS = 4, EXACT_BITS = 7, INT8_DIGITS = 2, INT8_BITS = 5 };
+enum { EXACT_DIGITS = 4, SHORT_DIGITS = 3, EXACT_BITS = 7, INT8_DIGITS = 2, INT8_BITS = 5 };
 
-INLINE float exact_unit(float largest) {
-  return float_of_bits((bits_of_float(largest) & 0x7f800000) - (24u << 23));
+INLINE int digits_of(int mode) {
+  return mode == EXACT ? EXACT_DIGITS : mode == SHORT ? SHORT_DIGITS : INT8_DIGITS;
+}
+
+/* Of integers whose sums of four have so many digits. The largest must not be rounded up to a bit
+ * more than they have. */
+INLINE float exact_unit(float largest, int digits) {
+  const int bits = digits * EXACT_BITS - 4;
+  const float rounded = digits == SHORT_DIGITS ? largest * (1 + 0x1p-17f) : largest;
+  return float_of_bits((bits_of_float(rounded) & 0x7f800000) - ((uint32_t)bits << 23));
 }
 
 #ifdef __x86_64__
@@ -527,11 +538,16 @@ static AVX2 float tabulate_avx2(const float *x, int words, int mode, int begin, 
   if (!isfinite(largest)) return NAN;
   const int64_t lookups = (int64_t)(end - begin) * LOOKUPS;
   x += (int64_t)begin * WORD;
-  if (mode == INT8)
+  if (mode == INT8) {
     tabulate_digits_avx2(INT8_DIGITS, INT8_BITS, x, lookups, 127.0f / largest, table);
+    return largest / 127.0f;
+  }
+  const float unit = exact_unit(largest, digits_of(mode));
+  if (mode == SHORT)
+    tabulate_digits_avx2(SHORT_DIGITS, EXACT_BITS, x, lookups, 1.0f / unit, table);
   else
-    tabulate_digits_avx2(EXACT_DIGITS, EXACT_BITS, x, lookups, 1.0f / exact_unit(largest), table);
-  return mode == INT8 ? largest / 127.0f : exact_unit(largest);
+    tabulate_digits_avx2(EXACT_DIGITS, EXACT_BITS, x, lookups, 1.0f / unit, table);
+  return unit;
 }
 
 /* Byte j of the words of 32 rows. Rows are in an order of their own, which `in_order` undoes: each
@@ -573,8 +589,8 @@ INLINE AVX2 void lookup_avx2(const int digits, const uint32_t *data, int stride,
             _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(table + 16)));
         const __m256i pair = _mm256_add_epi8(_mm256_shuffle_epi8(at_first, first),
                                              _mm256_shuffle_epi8(at_second, second));
-        const int begins = digits == EXACT_DIGITS || j == 0;
-        const int ends = digits == EXACT_DIGITS || j == 3;
+        const int begins = digits != INT8_DIGITS || j == 0;
+        const int ends = digits != INT8_DIGITS || j == 3;
         part[d] = begins ? pair : _mm256_add_epi8(part[d], pair);
         IN_ORDER(part[d]);
         if (!ends) continue;
@@ -605,8 +621,9 @@ INLINE AVX2 __m256 join_avx2(const int digits, const int bits, __m256i rows[][4]
       _mm256_add_epi32(rows[top][i], _mm256_slli_epi32(rows[top + 1][i], bits));
   const __m256 sum = _mm256_cvtepi32_ps(_mm256_sub_epi32(high, _mm256_set1_epi32(raised)));
   if (!top) return sum;
-  const __m256i low = _mm256_add_epi32(rows[0][i], _mm256_slli_epi32(rows[1][i], bits));
-  return _mm256_fmadd_ps(sum, _mm256_set1_ps((float)(1 << 2 * bits)), _mm256_cvtepi32_ps(low));
+  const __m256i low =
+      top == 1 ? rows[0][i] : _mm256_add_epi32(rows[0][i], _mm256_slli_epi32(rows[1][i], bits));
+  return _mm256_fmadd_ps(sum, _mm256_set1_ps((float)(1 << top * bits)), _mm256_cvtepi32_ps(low));
 }
 
 /* dot [32 rows]: to it is added a plane of a group times x, in units of the group. */
@@ -674,6 +691,10 @@ static AVX2 void exact_tile_avx2(const Weight *w, const Activations *a, int64_t 
   tile_avx2(EXACT_DIGITS, EXACT_BITS, w, a, tile, y);
 }
 
+static AVX2 void short_tile_avx2(const Weight *w, const Activations *a, int64_t tile, float *y) {
+  tile_avx2(SHORT_DIGITS, EXACT_BITS, w, a, tile, y);
+}
+
 static AVX2 void int8_tile_avx2(const Weight *w, const Activations *a, int64_t tile, float *y) {
   tile_avx2(INT8_DIGITS, INT8_BITS, w, a, tile, y);
 }
@@ -725,6 +746,7 @@ DEFINE_DECODE_ROW(avx2, AVX2)
 static const Variant VARIANT_AVX2 = {.name = "avx2",
                                      .exact_tile = exact_tile_avx2,
                                      .int8_tile = int8_tile_avx2,
+                                     .short_tile = short_tile_avx2,
                                      .store_rows = store_rows_avx2,
                                      .decode_row = decode_row_avx2,
                                      .tabulate_group = tabulate_avx2};
@@ -1304,8 +1326,11 @@ static float tabulate_neon(const float *x, int words, int mode, int begin, int e
     tabulate_digits(INT8_DIGITS, INT8_BITS, x, lookups, 127.0f / largest, table);
     return largest / 127.0f;
   }
-  const float unit = exact_unit(largest);
-  tabulate_digits(EXACT_DIGITS, EXACT_BITS, x, lookups, 1.0f / unit, table);
+  const float unit = exact_unit(largest, digits_of(mode));
+  if (mode == SHORT)
+    tabulate_digits(SHORT_DIGITS, EXACT_BITS, x, lookups, 1.0f / unit, table);
+  else
+    tabulate_digits(EXACT_DIGITS, EXACT_BITS, x, lookups, 1.0f / unit, table);
   return unit;
 }
 
@@ -1318,8 +1343,9 @@ INLINE float32x4_t join_neon(const int digits, const int bits, const uint16x4_t 
   const float32x4_t sum =
       vcvtq_f32_s32(vsubq_s32(vreinterpretq_s32_u32(high), vdupq_n_s32(raised)));
   if (!top) return sum;
-  const uint32x4_t low = vmlal_n_u16(vmovl_u16(digit[0]), digit[1], 1 << bits);
-  return vfmaq_n_f32(vcvtq_f32_u32(low), sum, (float)(1 << 2 * bits));
+  const uint32x4_t lowest = vmovl_u16(digit[0]);
+  const uint32x4_t low = top == 1 ? lowest : vmlal_n_u16(lowest, digit[1], 1 << bits);
+  return vfmaq_n_f32(vcvtq_f32_u32(low), sum, (float)(1 << top * bits));
 }
 
 /* The words of a plane, up to BLOCK of them, for 32 rows: sum[digit][16 rows][8 rows]. */
@@ -1338,8 +1364,8 @@ INLINE void lookup_neon(const int digits, const uint32_t *data, int stride, int 
         for (int r = 0; r < 2; r++) {
           const uint8x16_t pair = vaddq_u8(vqtbl1q_u8(first, vandq_u8(bytes[r].val[j], low)),
                                            vqtbl1q_u8(second, vshrq_n_u8(bytes[r].val[j], 4)));
-          const int begins = digits == EXACT_DIGITS || j == 0;
-          const int ends = digits == EXACT_DIGITS || j == 3;
+          const int begins = digits != INT8_DIGITS || j == 0;
+          const int ends = digits != INT8_DIGITS || j == 3;
           part[d][r] = begins ? pair : vaddq_u8(part[d][r], pair);
           IN_ORDER(part[d][r]);
           if (!ends) continue;
@@ -1414,6 +1440,10 @@ static void exact_tile_neon(const Weight *w, const Activations *a, int64_t tile,
   tile_neon(EXACT_DIGITS, EXACT_BITS, w, a, tile, y);
 }
 
+static void short_tile_neon(const Weight *w, const Activations *a, int64_t tile, float *y) {
+  tile_neon(SHORT_DIGITS, EXACT_BITS, w, a, tile, y);
+}
+
 static void int8_tile_neon(const Weight *w, const Activations *a, int64_t tile, float *y) {
   tile_neon(INT8_DIGITS, INT8_BITS, w, a, tile, y);
 }
@@ -1447,6 +1477,7 @@ DEFINE_DECODE_ROW(neon, )
 static const Variant VARIANT_NEON = {.name = "neon",
                                      .exact_tile = exact_tile_neon,
                                      .int8_tile = int8_tile_neon,
+                                     .short_tile = short_tile_neon,
                                      .store_rows = store_rows_portable,
                                      .decode_row = decode_row_neon,
                                      .tabulate_group = tabulate_neon};
@@ -1648,9 +1679,9 @@ static void tabulate_part(const Weight *w, const Variant *v, const Activations *
   v->tabulate(a->x + first * WORD, end - begin, table, a->tokens);
 }
 
-/* Of the tables of a word. Entries of integers have four bytes, for int8 two. */
+/* Of the tables of a word. Entries of integers have a byte for each digit. */
 static int64_t table_bytes(const Variant *v, int mode) {
-  const int entry = mode == EXACT ? 4 : v->tabulate_group ? 2 : 0;
+  const int entry = v->tabulate_group ? digits_of(mode) : mode == EXACT ? 4 : 0;
   return LOOKUPS * ENTRIES * entry;
 }
 
@@ -1687,7 +1718,7 @@ static void run_tiles(const Weight *w, const Variant *v, int mode, const Activat
   const int64_t tiles = (w->n + w->tile - 1) / w->tile;
   float rows[TOKENS * MAX_TILE];
   for (int64_t tile = tiles * rank / size; tile < tiles * (rank + 1) / size; tile++) {
-    (mode == EXACT ? v->exact_tile : v->int8_tile)(w, a, tile, rows);
+    (mode == EXACT ? v->exact_tile : mode == INT8 ? v->int8_tile : v->short_tile)(w, a, tile, rows);
     const int64_t first = tile * w->tile;
     const int64_t count = w->n - first < w->tile ? w->n - first : w->tile;
     for (int t = 0; t < a->tokens; t++) {
@@ -1773,6 +1804,7 @@ static void run_thread(const Weight *w, const Variant *v, int mode, char *scratc
 EXPORT int pbq_matmul(const Weight *w, int mode, const void *x, int dtype, int64_t m, void *y,
                       int y_dtype, int threads) {
   const Variant *v = variant(w->variant);
+  if (mode == EXACT && dtype != FLOAT32 && v->short_tile) mode = SHORT;
   Activations a;
   const int64_t scratch_size = lay_out(&a, w, v, mode, m, 0);
 #ifndef _OPENMP

@@ -211,9 +211,38 @@ def test_the_dtype_of_x_is_kept(
     y = backend.matmul(x, backend.prepare(pw))
     expected = x.double() @ dequantize(pw).double().T
     assert y.dtype == dtype and y.shape == (2, 3, 33)
-    # fp32 sums, so the only error that shows is the last rounding
+    # x of 18 bits at least: but where a sum cancels, the only error that shows is the last rounding
     ulp = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float64: 1e-6}[dtype]
-    torch.testing.assert_close(y.double(), expected, rtol=1.01 * ulp, atol=1e-5)
+    torch.testing.assert_close(y.double(), expected, rtol=1.01 * ulp, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("largest", [1, 1000])
+def test_sums_lose_less_than_rounding_them_to_16_bits(
+    variant: str, dtype: torch.dtype, largest: float, random_packed: RandomPacked
+) -> None:
+    pw = random_packed(33, 2577, (Tier(1, 2000), Tier(3, 577)))
+    weight = CpuBackend("cpu", variant=variant).prepare(pw)
+    x = random_x(4, 2577)
+    x[:, 5] *= largest
+    x, sums = x.to(dtype), torch.empty(4, 33)
+    cpu._look_up(x, weight, weight.address, cpu._MODES["exact"], 4, sums)
+    error = relative_error(sums, x.double() @ dequantize(pw).double().T)
+    assert error < (1e-4 if largest > 1 else 5e-6 if dtype == torch.float16 else 1e-6)
+
+
+def test_the_largest_x_is_not_rounded_up_to_a_bit_more(
+    variant: str, random_packed: RandomPacked
+) -> None:
+    """Times the column scale all x are 2 - 2**-19; tables of integers have 18 bits for them."""
+    pw = random_packed(33, 64, (Tier(1, 64),), column_scale=True)
+    tensors = {**pw.tensors, "column_scale": torch.full_like(pw.tensors["column_scale"], 1023 / 512)}
+    pw = PackedWeight(pw.layout, tensors)
+    weight = CpuBackend("cpu", variant=variant).prepare(pw)
+    x, sums = torch.full((1, 64), 1025 / 1024, dtype=torch.float16), torch.empty(1, 33)
+    cpu._look_up(x, weight, weight.address, cpu._MODES["exact"], 1, sums)
+    expected = x.double() @ dequantize(pw).double().T
+    torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["exact", "int8"])
@@ -308,8 +337,10 @@ def test_how_many_planes_are_worth_decoding(
             32 * 64 * (1 / 40 + 1 / 200)
         )
     weight.variant, weight.floats = "avx2", True
-    split = 32 * 40 / 48 + 32 * 24 * (1 / 41 + 1 / 400)
-    assert cpu._nanoseconds(weight, 2, 100, torch.float16) == pytest.approx(split)
+    dense = 32 * 24 * (1 / 41 + 1 / 400)
+    for dtype, rate in ((torch.float32, 48), (torch.float16, 1.2 * 48)):
+        split = 32 * 40 / rate + dense
+        assert cpu._nanoseconds(weight, 2, 100, dtype) == pytest.approx(split)
 
 
 def test_few_multiplications_are_looked_up(
