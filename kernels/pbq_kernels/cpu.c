@@ -129,9 +129,9 @@ INLINE void filter(const int lanes, const int taps, const int planes, const Filt
 #pragma GCC unroll 8
   for (int i = 0; i < taps; i++) tap[i] = f->tap[i];
   for (int word = 0; word < f->words; word++) {
-    __builtin_prefetch(others - plane + CHUNK * f->stride); /* the path, whatever u is */
-    if (planes > 2) __builtin_prefetch(others + CHUNK * f->stride);
-    if (planes > 3) __builtin_prefetch(others + plane + CHUNK * f->stride);
+    __builtin_prefetch(others - plane + AHEAD * f->stride); /* the path, whatever u is */
+    if (planes > 2) __builtin_prefetch(others + AHEAD * f->stride);
+    if (planes > 3) __builtin_prefetch(others + plane + AHEAD * f->stride);
 #pragma GCC ivdep
 #pragma GCC unroll 1 /* what is unrolled early becomes no vector instructions */
     for (int r = 0; r < lanes; r++) {
@@ -570,12 +570,15 @@ typedef struct {
   __m256i all, odd;
 } Sums;
 
-/* The words of a plane, up to BLOCK of them, for 32 rows. A multiplication shifts, for shifts share
- * their execution ports with the permutes. */
+/* The words of a plane, up to BLOCK of them, for 32 rows: half of what lies at a word, which the CPU
+ * asks for too late. A multiplication shifts, for shifts share their execution ports with the
+ * permutes. */
 INLINE AVX2 void lookup_avx2(const int digits, const uint32_t *data, int stride, int words,
                              const uint8_t *table, Sums sum[]) {
   const __m256i low = _mm256_set1_epi8(15), down = _mm256_set1_epi16(256);
   for (int word = 0; word < words; word++, data += stride) {
+    __builtin_prefetch(data + AHEAD * stride);
+    __builtin_prefetch(data + AHEAD * stride + 16);
     __m256i byte[4], part[4];
     bytes_avx2(data, byte);
 #pragma GCC unroll 4

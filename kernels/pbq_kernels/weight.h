@@ -26,11 +26,14 @@ static int omp_get_thread_num(void) { return 0; }
 #define MAX_PLANES 8
 #define MOST_RUNS 8 /* of columns in rising order: five tiers, or a few with groups of columns */
 #define EDGE 16 /* rows above a tile that its planes may be made of: 12, and whole registers */
-/* Words of a trellis whose planes are made at once: they stay in the first cache. */
+/* Words of a trellis whose planes are made at once: they stay in the first cache. And how many words
+ * before they are read memory is asked for them. */
 #ifdef __aarch64__
 #define CHUNK 64 /* the BLOCK of NEON */
+#define AHEAD 64
 #else
 #define CHUNK 16
+#define AHEAD 32
 #endif
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };

@@ -114,7 +114,7 @@ static void check_products(const Weight *w, const char *x, int64_t m, int thread
   free(y), free(sums);
 }
 
-/* By floats.c, whose sums are of 256 columns each, against lookups. */
+/* By floats.c, whose sums are of 256 columns each, against lookups of the same x in fp32. */
 static void check_floats(const Weight *w, const char *x, int dtype, int64_t m, int threads) {
   const int64_t count = m * w->n;
   float *y = malloc(count * sizeof *y), *sums = malloc(count * sizeof *sums);
@@ -122,14 +122,16 @@ static void check_floats(const Weight *w, const char *x, int dtype, int64_t m, i
   Weight plain = *w;
   plain.overlay_start = NULL;
   void *scratch = aligned_alloc(64, pbq_floats_scratch(w, m, threads));
-  if (pbq_matmul(&plain, EXACT, x, dtype, m, sums, FLOAT32, 1)) exit(2);
+  float *wide = malloc(m * w->k * sizeof *wide);
+  for (int64_t i = 0; i < m * w->k; i++) wide[i] = load(x, i, dtype);
+  if (pbq_matmul(&plain, EXACT, wide, FLOAT32, m, sums, FLOAT32, 1)) exit(2);
   pbq_floats(w, x, dtype, m, y, FLOAT32, scratch, threads);
   for (int64_t i = 0; i < count; i++) {
     if (!(fabsf(y[i] - sums[i]) <= error)) error = fabsf(y[i] - sums[i]);
     if (fabsf(sums[i]) > most) most = fabsf(sums[i]);
   }
   if (!(error <= 256 * 0x1p-25f * most)) exit(8); /* of 256 equal numbers added one by one */
-  free(scratch), free(y), free(sums);
+  free(scratch), free(y), free(sums), free(wide);
 }
 
 /* y [m, n] and dense [n, k] (or NULL), both in fp32; x[m - 1, 0] is `last` where that is not 0. */
