@@ -236,8 +236,8 @@ def test_the_largest_x_is_not_rounded_up_to_a_bit_more(
 ) -> None:
     """Times the column scale all x are 2 - 2**-19; tables of integers have 18 bits for them."""
     pw = random_packed(33, 64, (Tier(1, 64),), column_scale=True)
-    tensors = {**pw.tensors, "column_scale": torch.full_like(pw.tensors["column_scale"], 1023 / 512)}
-    pw = PackedWeight(pw.layout, tensors)
+    column_scale = torch.full_like(pw.tensors["column_scale"], 1023 / 512)
+    pw = PackedWeight(pw.layout, {**pw.tensors, "column_scale": column_scale})
     weight = CpuBackend("cpu", variant=variant).prepare(pw)
     x, sums = torch.full((1, 64), 1025 / 1024, dtype=torch.float16), torch.empty(1, 33)
     cpu._look_up(x, weight, weight.address, cpu._MODES["exact"], 1, sums)
