@@ -67,7 +67,10 @@ def together(device: str) -> Iterator[None]:
     # torchrun ends the others so when one dies
     before = signal.signal(signal.SIGTERM, _told_to_end)
     with _asking(True):
-        yield
+        try:
+            yield
+        except _ToldToEnd:
+            raise LostRank from None
     # not after a failure: that would wait for the others, who wait for what failed
     signal.signal(signal.SIGTERM, before)
     dist.destroy_process_group()
@@ -82,8 +85,12 @@ def _take_gpu(local_rank: int) -> None:
     torch.cuda.set_device(local_rank)
 
 
+class _ToldToEnd(BaseException):
+    """By torchrun. No Exception, of which a run survives some: a page that cannot be made."""
+
+
 def _told_to_end(number: int, frame: Any) -> None:
-    raise LostRank
+    raise _ToldToEnd
 
 
 @contextmanager

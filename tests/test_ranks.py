@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pbq import checkpoint, ranks
+from pbq import checkpoint, html_report, ranks, selftest
 from pbq.cli import app
 from pbq.console import run_guarded
 from pbq.spill import Spill
@@ -148,6 +150,40 @@ def test_two_ranks_make_what_one_makes_and_a_dead_one_ends_all(
     one, two = (load_file(folder / out / "model.safetensors") for out in ("one", "two"))
     assert one.keys() == two.keys()
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+def test_being_told_to_end_is_no_error_that_a_run_survives(
+    monkeypatch: pytest.MonkeyPatch, packed_checkpoint: Callable[[str], Path], one_rank: None
+) -> None:
+    """A run that went on had an OUT without the record for `pbq verify`, or without its page."""
+    out = packed_checkpoint("llama")
+
+    def told(*given: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(selftest, "_load", told)
+    monkeypatch.setattr(html_report, "render", told)
+    monkeypatch.setattr(html_report, "read_json", lambda path: {"config": {}, "blocks": []})
+    for survives in (selftest.record, html_report.write_if_possible):
+        with pytest.raises(ranks.LostRank), ranks.together("cpu"):
+            survives(out)
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`together` takes this process for one of several, which it meets alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in names.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(ranks, "_started", lambda: 2)
+    monkeypatch.setattr(ranks, "_store", None)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_a_refusal_is_told_once(run: Run, folder: Path) -> None:
