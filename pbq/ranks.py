@@ -64,15 +64,15 @@ def together(device: str) -> Iterator[None]:
     # objects travel by gloo, tensors by what their device has
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     dist.init_process_group(backend, store=_store, rank=rank, world_size=count, timeout=_PATIENCE)
-    # torchrun ends the others so when one dies
-    before = signal.signal(signal.SIGTERM, _told_to_end)
-    with _asking(True):
-        try:
+    try:
+        # torchrun ends the others so when one dies
+        before = signal.signal(signal.SIGTERM, _told_to_end)
+        with _asking(True):
             yield
-        except _ToldToEnd:
-            raise LostRank from None
+        signal.signal(signal.SIGTERM, before)
+    except _ToldToEnd:
+        raise LostRank from None
     # not after a failure: that would wait for the others, who wait for what failed
-    signal.signal(signal.SIGTERM, before)
     dist.destroy_process_group()
 
 
