@@ -244,6 +244,7 @@ def test_stored_bits_are_promised_reported_and_on_the_disk(
     assert written["bits"] == done.report.bits
 
 
+@pytest.mark.usefixtures("measured_speed")
 def test_a_plan_foretells_the_run(
     finish: Finish, tiny_checkpoint: Callable[[str], Path], config: QuantConfig
 ) -> None:
