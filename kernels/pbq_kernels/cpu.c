@@ -13,6 +13,9 @@
  *
  * AVX2 and NEON have tables of integers for both modes: see there.
  *
+ * A group of 8 tied planes lies in the stream as a byte for each weight and is multiplied as such,
+ * in either mode by x as it is: eight lookups would take longer than reading it from memory does.
+ *
  * Of a tier with a trellis (trellis.py) the stream has the stored planes, and the planes of its
  * levels are made as they are read, a chunk of words at a time.
  *
@@ -31,6 +34,7 @@
 #define IN_ORDER(accumulator) __asm__("" : "+v"(accumulator))
 #endif
 #define TOKENS 4 /* multiplied at once, while so many are left */
+#define BYTES_AHEAD 2 /* words of a group of bytes before they are read memory is asked for them */
 
 /* SHORT is EXACT for x of 16 bits, where tables are of integers. */
 enum { EXACT, INT8, SHORT };
@@ -39,7 +43,7 @@ enum { EXACT, INT8, SHORT };
 typedef struct {
   int tokens;
   float *x;       /* [tokens][words * WORD], zero at padding */
-  float *sum;     /* [tokens][groups]: sum of x, for the offsets */
+  float *sum;     /* [tokens][groups]: sum of x, for offsets and bytes */
   float *table;   /* exact: [words][lookups][tokens][entries]; of integers: [tokens] */
   int8_t *q;      /* int8: [tokens][words * WORD], column c of a word at 4 * (c % 8) + c / 8 */
   float *q_scale; /* of the integers that x was rounded to: [tokens][groups] */
@@ -255,12 +259,37 @@ static void tabulate_portable(const float *x, int words, float *table, int token
 
 DEFINE_EXPAND(portable, , 4)
 
+/* y [tile]: to it is added a group of bytes times a token's x. */
+static void add_bytes_portable(const Weight *w, const Activations *a, int64_t tile, int i, int t,
+                               float *y) {
+  const Group *g = w->group + i;
+  const float *x = a->x + ((int64_t)t * w->words + g->first_word) * WORD;
+  const float sum = a->sum[t * w->groups + i];
+  for (int first = 0; first < w->tile; first += WORD, y += WORD) {
+    float acc[WORD] = {0};
+    for (int word = 0; word < g->words; word++) {
+      const int8_t *codes = byte_codes(w, tile, g, first, word);
+      for (int c = 0; c < WORD; c++, codes += WORD)
+        for (int r = 0; r < WORD; r++) acc[r] += x[word * WORD + c] * codes[r];
+    }
+    const uint16_t *scale = scales_of(w, tile, g->scale) + first;
+    for (int r = 0; r < WORD; r++) y[r] += half_to_float(scale[r]) * (2 * acc[r] + sum);
+    if (g->offset < 0) continue;
+    const uint16_t *offset = scales_of(w, tile, g->offset) + first;
+    for (int r = 0; r < WORD; r++) y[r] += half_to_float(offset[r]) * sum;
+  }
+}
+
 static void exact_tile_portable(const Weight *w, const Activations *a, int64_t tile, float *y) {
   Planes planes;
   for (int t = 0; t < a->tokens; t++, y += w->tile) {
     for (int r = 0; r < w->tile; r++) y[r] = 0;
     for (int i = 0; i < w->groups; i++) {
       const Group *g = w->group + i;
+      if (g->bytes) {
+        add_bytes_portable(w, a, tile, i, t, y);
+        continue;
+      }
       float acc[MAX_PLANES][MAX_TILE] = {0};
       for (int begin = 0, end; begin < g->words; begin = end) {
         end = take_words(pbq_expand_portable, w, tile, g, 0, w->tile, begin, &planes);
@@ -313,6 +342,10 @@ static void int8_tile_portable(const Weight *w, const Activations *a, int64_t ti
     for (int i = 0; i < w->groups; i++) {
       const Group *g = w->group + i;
       const int at = t * w->groups + i;
+      if (g->bytes) {
+        add_bytes_portable(w, a, tile, i, t, y);
+        continue;
+      }
       int32_t acc[MAX_PLANES][MAX_TILE] = {0};
       for (int begin = 0, end; begin < g->words; begin = end) {
         end = take_words(pbq_expand_portable, w, tile, g, 0, w->tile, begin, &planes);
@@ -363,10 +396,10 @@ INLINE void store_many(const float *from, int64_t count, int dtype, void *to, in
     store_word(from + i, count - i < WORD ? (int)(count - i) : WORD, dtype, to, at + i);
 }
 
-/* value[code] of one row and group: offset + the planes in order, in fp32 as reference.dequantize.
- */
+/* value[code] of one row and group: the planes in order, then the offset, in fp32 as
+ * reference.dequantize. */
 INLINE void code_values(const Weight *w, const Group *g, int64_t tile, int64_t lane, float *value) {
-  value[0] = g->offset < 0 ? 0.0f : half_to_float(scales_of(w, tile, g->offset)[lane]);
+  value[0] = 0.0f;
   for (int p = 0; p < g->planes; p++) {
     const float s = half_to_float(scales_of(w, tile, scale_slot(g, p))[lane]) * g->factor[p];
     for (int code = 0; code < 1 << p; code++) {
@@ -374,6 +407,18 @@ INLINE void code_values(const Weight *w, const Group *g, int64_t tile, int64_t l
       value[code] -= s;
     }
   }
+  if (g->offset < 0) return;
+  const float offset = half_to_float(scales_of(w, tile, g->offset)[lane]);
+  for (int code = 0; code < 1 << g->planes; code++) value[code] += offset;
+}
+
+/* Of a group of bytes: a word of a row, as code_values gives it: only the addition rounds. */
+INLINE void byte_values(const Weight *w, const Group *g, int64_t tile, int lane, int word,
+                        float *out) {
+  const int8_t *codes = byte_codes(w, tile, g, lane, word);
+  const float scale = half_to_float(scales_of(w, tile, g->scale)[lane]);
+  const float offset = g->offset < 0 ? 0 : half_to_float(scales_of(w, tile, g->offset)[lane]);
+  for (int c = 0; c < WORD; c++) out[c] = (float)(2 * codes[c * WORD] + 1) * scale + offset;
 }
 
 typedef void (*LookUp)(const float *value, const uint32_t *bits, int planes, float *out);
@@ -385,14 +430,17 @@ INLINE void decode_row(const Weight *w, int64_t row, int dtype, void *out, LookU
   for (int i = 0; i < w->groups; i++) {
     const Group *g = w->group + i;
     Row stored;
-    find_row(w, g, tile, lane, &stored);
     float value[256];
-    code_values(w, g, tile, lane, value);
+    if (!g->bytes) find_row(w, g, tile, lane, &stored), code_values(w, g, tile, lane, value);
     for (int word = 0; word < g->words; word++) {
-      uint32_t bits[MAX_PLANES];
-      row_planes(w, g, &stored, word, bits);
       float entries[WORD];
-      look_up(value, bits, g->planes, entries);
+      if (g->bytes) {
+        byte_values(w, g, tile, (int)lane, word, entries);
+      } else {
+        uint32_t bits[MAX_PLANES];
+        row_planes(w, g, &stored, word, bits);
+        look_up(value, bits, g->planes, entries);
+      }
       if (w->column_scale)
         for (int c = 0; c < WORD; c++)
           entries[c] *= w->column_scale[(int64_t)(g->first_word + word) * WORD + c];
@@ -552,7 +600,7 @@ static AVX2 float tabulate_avx2(const float *x, int words, int mode, int begin, 
 
 /* Byte j of the words of 32 rows. Rows are in an order of their own, which `in_order` undoes: each
  * half of a register has 4 of every 8. */
-INLINE AVX2 void bytes_avx2(const uint32_t *data, __m256i byte[4]) {
+INLINE AVX2 void apart_avx2(const uint32_t *data, __m256i byte[4]) {
   const __m256i apart = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4,
                                          8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   __m256i v[4];
@@ -580,7 +628,7 @@ INLINE AVX2 void lookup_avx2(const int digits, const uint32_t *data, int stride,
     __builtin_prefetch(data + AHEAD * stride);
     __builtin_prefetch(data + AHEAD * stride + 16);
     __m256i byte[4], part[4];
-    bytes_avx2(data, byte);
+    apart_avx2(data, byte);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
       const __m256i first = _mm256_and_si256(byte[j], low);
@@ -650,6 +698,43 @@ INLINE AVX2 void dot_avx2(const int digits, const int bits, const uint32_t *data
 
 DEFINE_EXPAND(avx2, AVX2, 8)
 
+/* total [T][4]: to it are added 32 rows of a group of bytes times the x of T tokens. */
+INLINE AVX2 void add_bytes_avx2(const int T, const Weight *w, const Activations *a, int64_t tile,
+                                int first, int i, __m256 total[][4]) {
+  const Group *g = w->group + i;
+  const float *x = a->x + (int64_t)g->first_word * WORD;
+  const int R = T == 1 ? 4 : 2; /* registers of rows at once: their sums stay in registers */
+#pragma GCC unroll 2
+  for (int from = 0; from < 4; from += R) {
+    __m256 acc[TOKENS][4];
+    for (int t = 0; t < T; t++)
+      for (int r = 0; r < R; r++) acc[t][r] = _mm256_setzero_ps();
+    for (int word = 0; word < g->words; word++) {
+      const int8_t *codes = byte_codes(w, tile, g, first, word) + 8 * from;
+      for (int c = 0; c < WORD; c++, codes += WORD) {
+        __builtin_prefetch(codes + BYTES_AHEAD * WORD * w->tile);
+        __m256 code[4];
+        for (int r = 0; r < R; r++) code[r] = bytes_avx2(codes + 8 * r);
+        for (int t = 0; t < T; t++) {
+          const __m256 token = _mm256_broadcast_ss(x + ((int64_t)t * w->words + word) * WORD + c);
+          for (int r = 0; r < R; r++) acc[t][r] = _mm256_fmadd_ps(token, code[r], acc[t][r]);
+        }
+      }
+    }
+    for (int r = 0; r < R; r++) {
+      const int row = first + 8 * (from + r);
+      const __m256 scale = scales_avx2(scales_of(w, tile, g->scale) + row);
+      for (int t = 0; t < T; t++) {
+        const __m256 sum = _mm256_set1_ps(a->sum[t * w->groups + i]);
+        __m256 *to = total[t] + from + r;
+        *to = _mm256_fmadd_ps(scale, _mm256_fmadd_ps(_mm256_set1_ps(2), acc[t][r], sum), *to);
+        if (g->offset >= 0)
+          *to = _mm256_fmadd_ps(scales_avx2(scales_of(w, tile, g->offset) + row), sum, *to);
+      }
+    }
+  }
+}
+
 INLINE AVX2 void tile_avx2(const int digits, const int bits, const Weight *w, const Activations *a,
                            int64_t tile, float *y) {
   Planes planes;
@@ -658,6 +743,13 @@ INLINE AVX2 void tile_avx2(const int digits, const int bits, const Weight *w, co
     for (int i = 0; i < 4 * a->tokens; i++) total[i / 4][i % 4] = _mm256_setzero_ps();
     for (int i = 0; i < w->groups; i++) {
       const Group *g = w->group + i;
+      if (g->bytes) {
+        if (a->tokens == 1)
+          add_bytes_avx2(1, w, a, tile, first, i, total);
+        else
+          add_bytes_avx2(TOKENS, w, a, tile, first, i, total);
+        continue;
+      }
       for (int t = 0; t < a->tokens; t++)
         for (int r = 0; r < 4 * g->planes; r++) dot[t][r / 4][r % 4] = _mm256_setzero_ps();
       for (int begin = 0, end; begin < g->words; begin = end) {
@@ -964,6 +1056,44 @@ __attribute__((noinline)) AVX512 void pbq_expand_avx512(const Weight *w, int64_t
     filter_planes_avx512(2, 4, g, &f, above);
 }
 
+/* total[t * step + r], of 16 rows each: to it are added 16 R rows of a group of bytes times the x of
+ * T tokens. */
+INLINE AVX512 void add_bytes_avx512(const int T, const int R, const Weight *w,
+                                    const Activations *a, int64_t tile, int first, int i,
+                                    __m512 *total, const int step) {
+  const Group *g = w->group + i;
+  const float *x = a->x + (int64_t)g->first_word * WORD;
+  __m512 acc[4][4];
+  for (int t = 0; t < T; t++)
+    for (int r = 0; r < R; r++) acc[t][r] = _mm512_setzero_ps();
+  for (int word = 0; word < g->words; word++) {
+    const int8_t *codes = byte_codes(w, tile, g, first, word);
+    for (int c = 0; c < WORD; c++, codes += WORD) {
+      __m512 code[4];
+      for (int r = 0; r < R; r++) {
+        const int8_t *from = codes + r / 2 * WORD * WORD + r % 2 * 16;
+        if (r % 2 == 0) __builtin_prefetch(from + BYTES_AHEAD * WORD * w->tile);
+        code[r] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+      }
+      for (int t = 0; t < T; t++) {
+        const __m512 token = _mm512_set1_ps(x[((int64_t)t * w->words + word) * WORD + c]);
+        for (int r = 0; r < R; r++) acc[t][r] = _mm512_fmadd_ps(token, code[r], acc[t][r]);
+      }
+    }
+  }
+  for (int r = 0; r < R; r++) {
+    const __m512 scale = scales_avx512(scales_of(w, tile, g->scale) + first + 16 * r);
+    for (int t = 0; t < T; t++) {
+      const __m512 sum = _mm512_set1_ps(a->sum[t * w->groups + i]);
+      __m512 *to = total + t * step + r;
+      *to = _mm512_fmadd_ps(scale, _mm512_fmadd_ps(_mm512_set1_ps(2), acc[t][r], sum), *to);
+      if (g->offset >= 0)
+        *to = _mm512_fmadd_ps(scales_avx512(scales_of(w, tile, g->offset) + first + 16 * r), sum,
+                              *to);
+    }
+  }
+}
+
 INLINE AVX512 void exact_rows_avx512(const int trellises, const int T, const int R,
                                      const Weight *w, const Activations *a, int64_t tile,
                                      int first, float *y) {
@@ -973,6 +1103,10 @@ INLINE AVX512 void exact_rows_avx512(const int trellises, const int T, const int
     for (int r = 0; r < R; r++) total[t][r] = _mm512_setzero_ps();
   for (int i = 0; i < w->groups; i++) {
     const Group *g = w->group + i;
+    if (g->bytes) {
+      add_bytes_avx512(T, R, w, a, tile, first, i, &total[0][0], 4);
+      continue;
+    }
     for (int begin = 0, end; begin < g->words; begin = end) {
       end = g->words;
       if (trellises) end = take_words(pbq_expand_avx512, w, tile, g, first, 16 * R, begin, &planes);
@@ -1105,6 +1239,10 @@ INLINE AVX512 __m512i four_columns(const int8_t *q) {
     for (int i = 0; i < T * R; i++) total[i] = _mm512_setzero_ps();                                \
     for (int i = 0; i < w->groups; i++) {                                                          \
       const Group *g = w->group + i;                                                               \
+      if (g->bytes) {                                                                              \
+        add_bytes_avx512(T, R, w, a, tile, first, i, total, R);                                    \
+        continue;                                                                                  \
+      }                                                                                            \
       __m512i kept[MAX_PLANES][16]; /* of the words before */                                      \
       for (int begin = 0, end; begin < g->words; begin = end) {                                    \
         const int8_t *q = a->q + (int64_t)(g->first_word + begin) * WORD;                          \
@@ -1197,12 +1335,14 @@ DEFINE_DECODE_ROW(generic_avx512, AVX512)
 /* code_values for up to 4 planes, rounded to 16 bits. */
 INLINE AVX512 __m256i code_values_16_bits(const Weight *w, const Group *g, int64_t tile,
                                           int64_t lane, int dtype) {
-  const uint16_t *offset = g->offset < 0 ? NULL : scales_of(w, tile, g->offset) + lane;
-  __m512 value = _mm512_set1_ps(offset ? half_to_float(*offset) : 0.0f);
+  __m512 value = _mm512_setzero_ps();
   for (int p = 0; p < g->planes; p++) {
     const float s = half_to_float(scales_of(w, tile, scale_slot(g, p))[lane]) * g->factor[p];
     value = _mm512_add_ps(value, signed_lanes(s, p));
   }
+  if (g->offset >= 0)
+    value = _mm512_add_ps(
+        value, _mm512_set1_ps(half_to_float(scales_of(w, tile, g->offset)[lane])));
   if (dtype == FLOAT16) return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -1405,6 +1545,33 @@ INLINE float32x4_t scales_neon(const uint16_t *scale) {
   return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(scale)));
 }
 
+/* total [32 rows]: to it is added a group of bytes times a token's x. */
+INLINE void add_bytes_neon(const Weight *w, const Activations *a, int64_t tile, int first, int i,
+                           int t, float32x4_t total[8]) {
+  const Group *g = w->group + i;
+  const float *x = a->x + ((int64_t)t * w->words + g->first_word) * WORD;
+  const float32x4_t sum = vdupq_n_f32(a->sum[t * w->groups + i]);
+  float32x4_t acc[8];
+  for (int r = 0; r < 8; r++) acc[r] = vdupq_n_f32(0);
+  for (int word = 0; word < g->words; word++) {
+    const int8_t *codes = byte_codes(w, tile, g, first, word);
+    for (int c = 0; c < WORD; c++, codes += WORD)
+      for (int r = 0; r < 8; r += 2) {
+        const int16x8_t code = vmovl_s8(vld1_s8(codes + 4 * r));
+        const float token = x[word * WORD + c];
+        acc[r] = vfmaq_n_f32(acc[r], vcvtq_f32_s32(vmovl_s16(vget_low_s16(code))), token);
+        acc[r + 1] = vfmaq_n_f32(acc[r + 1], vcvtq_f32_s32(vmovl_high_s16(code)), token);
+      }
+  }
+  for (int r = 0; r < 8; r++) {
+    const float32x4_t scale = scales_neon(scales_of(w, tile, g->scale) + first + 4 * r);
+    total[r] = vfmaq_f32(total[r], scale, vfmaq_n_f32(sum, acc[r], 2));
+    if (g->offset >= 0)
+      total[r] =
+          vfmaq_f32(total[r], scales_neon(scales_of(w, tile, g->offset) + first + 4 * r), sum);
+  }
+}
+
 INLINE void tile_neon(const int digits, const int bits, const Weight *w, const Activations *a,
                       int64_t tile, float *y) {
   Planes planes;
@@ -1414,6 +1581,10 @@ INLINE void tile_neon(const int digits, const int bits, const Weight *w, const A
       for (int i = 0; i < 8; i++) total[i] = vdupq_n_f32(0);
       for (int i = 0; i < w->groups; i++) {
         const Group *g = w->group + i;
+        if (g->bytes) {
+          add_bytes_neon(w, a, tile, first, i, t, total);
+          continue;
+        }
         for (int r = 0; r < 8 * g->planes; r++) dot[r / 8][r % 8] = vdupq_n_f32(0);
         for (int begin = 0, end; begin < g->words; begin = end) {
           const int64_t word = (int64_t)t * w->words + g->first_word + begin;
@@ -1524,23 +1695,64 @@ static uint32_t stored_bits(const uint8_t *row, int64_t row_bytes, int64_t first
   return (uint32_t)(bits >> first % 8 & ((1ull << count) - 1));
 }
 
+/* Bit 8 i + j becomes bit 8 j + i: planes of 8 columns become their codes, and back. */
+INLINE uint64_t transposed(uint64_t bits) {
+  uint64_t t = (bits ^ bits >> 7) & 0x00aa00aa00aa00aa;
+  bits ^= t ^ t << 7;
+  t = (bits ^ bits >> 14) & 0x0000cccc0000cccc;
+  bits ^= t ^ t << 14;
+  t = (bits ^ bits >> 28) & 0x00000000f0f0f0f0;
+  return bits ^ t ^ t << 28;
+}
+
+#define SIGNED 0x8080808080808080 /* codes less 128, as bytes with a sign, and back */
+
+/* The planes of a word of a row, to be at codes [WORD][32 rows]. */
+static void store_codes(const uint32_t *plane, int8_t *codes) {
+  for (int c = 0; c < WORD; c += 8) {
+    uint64_t bits = 0;
+    for (int p = 0; p < MAX_PLANES; p++) bits |= (uint64_t)(plane[p] >> c & 255) << 8 * p;
+    bits = transposed(bits) ^ SIGNED;
+    for (int i = 0; i < 8; i++, codes += WORD) *codes = (int8_t)(bits >> 8 * i);
+  }
+}
+
+/* The inverse of store_codes. */
+static void load_codes(const int8_t *codes, uint32_t *plane) {
+  memset(plane, 0, MAX_PLANES * sizeof *plane);
+  for (int c = 0; c < WORD; c += 8) {
+    uint64_t bits = 0;
+    for (int i = 0; i < 8; i++, codes += WORD) bits |= (uint64_t)(uint8_t)*codes << 8 * i;
+    bits = transposed(bits ^ SIGNED);
+    for (int p = 0; p < MAX_PLANES; p++) plane[p] |= (uint32_t)(bits >> 8 * p & 255) << c;
+  }
+}
+
 /* stored uint8 [n, row_bytes] -> out, laid out as Weight.data; rows past n are zero. */
 EXPORT void pbq_repack(const Weight *w, const uint8_t *stored, uint32_t *out, int threads) {
   const int64_t rows = (w->n + w->tile - 1) / w->tile * w->tile;
+  Weight made = *w;
+  made.data = out;
   (void)threads; /* without OpenMP */
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t row = 0; row < rows; row++) {
-    uint32_t *to = out + row / w->tile * w->stream * w->tile + row % w->tile;
+    const int64_t tile = row / w->tile, lane = row % w->tile;
     for (int i = 0; i < w->groups; i++) {
       const Group *g = w->group + i;
-      for (int p = 0; p < g->stored; p++)
-        for (int word = 0; word < g->words; word++, to += w->tile) {
-          const int begin = word * WORD;
-          const int count = g->columns - begin < WORD ? g->columns - begin : WORD;
-          const int64_t first = g->bit + p * g->plane_bits + begin;
-          *to =
-              row < w->n ? stored_bits(stored + row * w->row_bytes, w->row_bytes, first, count) : 0;
-        }
+      for (int word = 0; word < g->words; word++) {
+        const int begin = word * WORD;
+        const int count = g->columns - begin < WORD ? g->columns - begin : WORD;
+        uint32_t plane[MAX_PLANES];
+        for (int p = 0; p < g->stored; p++)
+          plane[p] = row < w->n ? stored_bits(stored + row * w->row_bytes, w->row_bytes,
+                                              g->bit + p * g->plane_bits + begin, count)
+                                : 0;
+        if (g->bytes)
+          store_codes(plane, (int8_t *)byte_codes(&made, tile, g, (int)lane, word));
+        else
+          for (int p = 0; p < g->stored; p++)
+            out[plane_words(&made, tile, g, p) - out + (int64_t)word * w->tile + lane] = plane[p];
+      }
     }
   }
 }
@@ -1561,14 +1773,21 @@ EXPORT int pbq_unpack(const Weight *w, const int64_t *row, int64_t count, uint8_
   (void)threads; /* without OpenMP */
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < count; i++) {
+    const int64_t tile = row[i] / w->tile, lane = row[i] % w->tile;
     uint8_t *to = out + i * w->row_bytes;
-    const uint32_t *from = w->data + row[i] / w->tile * w->stream * w->tile + row[i] % w->tile;
     memset(to, 0, (size_t)w->row_bytes);
     for (int j = 0; j < w->groups; j++) {
       const Group *g = w->group + j;
-      for (int p = 0; p < g->stored; p++)
-        for (int word = 0; word < g->words; word++, from += w->tile)
-          store_bits(to, w->row_bytes, g->bit + p * g->plane_bits + word * WORD, *from);
+      for (int word = 0; word < g->words; word++) {
+        uint32_t plane[MAX_PLANES];
+        if (g->bytes)
+          load_codes(byte_codes(w, tile, g, (int)lane, word), plane);
+        else
+          for (int p = 0; p < g->stored; p++)
+            plane[p] = plane_words(w, tile, g, p)[(int64_t)word * w->tile + lane];
+        for (int p = 0; p < g->stored; p++)
+          store_bits(to, w->row_bytes, g->bit + p * g->plane_bits + word * WORD, plane[p]);
+      }
     }
   }
   return 0;
@@ -1668,7 +1887,7 @@ static void prepare_group(const Weight *w, const Variant *v, int mode, const Act
   const Group *g = w->group + i;
   const int at = token * w->groups + i;
   const int64_t begin = ((int64_t)token * w->words + g->first_word) * WORD;
-  if (g->offset >= 0) a->sum[at] = group_sum(g, a->x + begin);
+  if (g->offset >= 0 || g->bytes) a->sum[at] = group_sum(g, a->x + begin);
   if (mode == INT8 && v->quantize)
     v->quantize(a->x + begin, g->words, a->q + begin, a->q_scale + at, a->q_sum + at);
 }
@@ -1696,7 +1915,7 @@ static void tabulate_groups(const Weight *w, const Variant *v, int mode, const A
     const int64_t first = (int64_t)(at / w->groups) * w->words + g->first_word;
     const int begin = (int)((int64_t)g->words * share / shares);
     const int end = (int)((int64_t)g->words * (share + 1) / shares);
-    if (begin == end || !g->planes) continue;
+    if (begin == end || !g->planes || g->bytes) continue;
     char *table = (char *)a->table + (first + begin) * table_bytes(v, mode);
     const float scale = v->tabulate_group(a->x + first * WORD, g->words, mode, begin, end, table);
     if (begin == 0) a->q_scale[at] = scale;

@@ -84,7 +84,7 @@ class _Group(ctypes.Structure):
         ("bit", ctypes.c_int64),
         ("plane_bits", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("columns", "words", "first_word", "stream")),
-        *((name, ctypes.c_int32) for name in ("stored", "planes", "tied", "scale", "offset")),
+        *((name, ctypes.c_int32) for name in ("stored", "planes", "tied", "bytes", "scale", "offset")),
         *((name, ctypes.c_int32) for name in ("path", "delay", "uneven")),
         ("factor", ctypes.c_float * MAX_PLANES),
     )
@@ -375,6 +375,7 @@ def _groups(layout: WeightLayout) -> list[_Group]:
                     stored=tier.planes,
                     planes=tier.depth,
                     tied=tier.tied,
+                    bytes=tier.tied and tier.planes == MAX_PLANES,
                     scale=scale,
                     offset=offset if tier.offset else -1,
                     path=h1,

@@ -47,7 +47,7 @@ static AVX2 void lay_out_tokens(const Weight *w, const char *x, int dtype, int64
 
 /* --- weights ---------------------------------------------------------------------------------- */
 
-/* 8 rows of a group: what its planes add to, and what each adds or subtracts. */
+/* 8 rows of a group: what each plane adds or subtracts, and what is added then. */
 typedef struct {
   __m256 offset, scale[MAX_PLANES];
 } Scales;
@@ -83,6 +83,7 @@ INLINE AVX2 void decode_word(const int chosen, const int planes, const Scales *s
       found[0] = _mm256_add_ps(
           found[0],
           _mm256_xor_ps(s->scale[p], _mm256_andnot_ps(_mm256_castsi256_ps(bits[p]), sign)));
+    if (planes > chosen) found[0] = _mm256_add_ps(found[0], s->offset);
     _mm256_storeu_ps(out + c * ROWS, found[0]);
     for (int p = 0; p < planes; p++) bits[p] = _mm256_add_epi32(bits[p], bits[p]);
   }
@@ -93,10 +94,11 @@ INLINE AVX2 void decode_some(const int chosen, const int planes, const Scales *s
                              float *out) {
   __m256 level[8];
   for (int i = 0; i < 1 << chosen; i++) {
-    level[i] = s->offset;
+    level[i] = _mm256_setzero_ps();
     for (int p = 0; p < chosen; p++)
       level[i] = i >> p & 1 ? _mm256_add_ps(level[i], s->scale[p])
                             : _mm256_sub_ps(level[i], s->scale[p]);
+    if (planes == chosen) level[i] = _mm256_add_ps(level[i], s->offset);
   }
   for (int word = 0; word < words; word++)
     decode_word(chosen, planes, s, level, data, stride, word, out + (int64_t)word * WORD * ROWS);
@@ -117,6 +119,23 @@ static AVX2 void decode(const Weight *w, int64_t tile, const Group *g, int row,
       case 4: decode_some(3, 4, &s, here, stride, words, out + half); break;
       case 5: decode_some(3, 5, &s, here, stride, words, out + half); break;
       default: decode_some(3, g->planes, &s, here, stride, words, out + half);
+    }
+  }
+}
+
+/* The same of a group of bytes, words [begin, begin + words). */
+static AVX2 void decode_bytes(const Weight *w, int64_t tile, const Group *g, int row, int begin,
+                              int words, float *out) {
+  for (int half = 0; half < ROWS; half += 8) {
+    const Scales s = read_scales(w, tile, g, row + half);
+    for (int word = 0; word < words; word++) {
+      const int8_t *codes = byte_codes(w, tile, g, row + half, begin + word);
+      float *to = out + (int64_t)word * WORD * ROWS + half;
+      for (int c = 0; c < WORD; c++, codes += WORD, to += ROWS) {
+        const __m256 level =
+            _mm256_fmadd_ps(bytes_avx2(codes), _mm256_set1_ps(2), _mm256_set1_ps(1));
+        _mm256_storeu_ps(to, _mm256_fmadd_ps(level, s.scale[0], s.offset));
+      }
     }
   }
 }
@@ -193,14 +212,19 @@ static AVX2 void run_block(const Weight *w, const float *x, int64_t tokens, int6
     const Group *g = w->group + i;
     if (!g->planes && g->offset < 0) continue; /* zeros */
     for (int begin = 0, end; begin < g->words; begin = end) {
-      end = take_words(pbq_expand_avx2, w, tile, g, first, BLOCK, begin, &planes);
+      end = g->bytes ? g->words
+                     : take_words(pbq_expand_avx2, w, tile, g, first, BLOCK, begin, &planes);
       for (int at = begin; at < end; at += WORDS) {
         const int words = end - at < WORDS ? end - at : WORDS;
         for (int r = 0; r < BLOCK; r += ROWS) {
           const uint32_t *data[MAX_PLANES];
-          for (int p = 0; p < g->planes; p++)
-            data[p] = planes.data[p] + (int64_t)(at - begin) * planes.stride[p] + r;
-          decode(w, tile, g, first + r, data, planes.stride, words, weight);
+          if (g->bytes) {
+            decode_bytes(w, tile, g, first + r, at, words, weight);
+          } else {
+            for (int p = 0; p < g->planes; p++)
+              data[p] = planes.data[p] + (int64_t)(at - begin) * planes.stride[p] + r;
+            decode(w, tile, g, first + r, data, planes.stride, words, weight);
+          }
           multiply_all(x + (int64_t)(g->first_word + at) * WORD * TOKENS, step, tokens,
                        (int64_t)words * WORD, weight, sum + tokens * r);
         }

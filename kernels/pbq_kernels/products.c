@@ -105,7 +105,7 @@ static VECTOR void copy_tokens(const Weight *w, const Buffers *b, const uint16_t
 
 /* --- weights ---------------------------------------------------------------------------------- */
 
-/* 16 rows of a group: what its planes add to, and what each adds or subtracts. */
+/* 16 rows of a group: what each plane adds or subtracts, and what is added then. */
 typedef struct {
   __m512 offset, scale[MAX_PLANES];
 } Scales;
@@ -130,9 +130,10 @@ INLINE VECTOR __m512i paired(__m512 low, __m512 high) {
 
 /* The level of a code, in fp32 as reference.dequantize, rounded: twice for each row. */
 INLINE VECTOR __m512i level_of(const Scales *s, int planes, int code) {
-  __m512 sum = s->offset;
+  __m512 sum = _mm512_setzero_ps();
   for (int p = 0; p < planes; p++)
     sum = code >> p & 1 ? _mm512_add_ps(sum, s->scale[p]) : _mm512_sub_ps(sum, s->scale[p]);
+  sum = _mm512_add_ps(sum, s->offset);
   return paired(sum, sum);
 }
 
@@ -174,12 +175,12 @@ INLINE VECTOR void choose_words(const int planes, const int is_signed, const __m
 }
 
 INLINE VECTOR __m512 sum_of(const Scales *s, int planes, const __m512i *bits, int c) {
-  __m512 sum = s->offset;
+  __m512 sum = _mm512_setzero_ps();
   for (int p = 0; p < planes; p++) {
     const __mmask16 set = _mm512_test_epi32_mask(bits[p], _mm512_set1_epi32((int)(1u << c)));
     sum = _mm512_mask_add_ps(_mm512_sub_ps(sum, s->scale[p]), set, sum, s->scale[p]);
   }
-  return sum;
+  return _mm512_add_ps(sum, s->offset);
 }
 
 /* The same for any number of planes and column scales, by additions. */
@@ -235,13 +236,40 @@ static VECTOR void decode_words(const Weight *w, int64_t tile, const Group *g, i
 #undef CASE
 }
 
+/* 16 rows of a group of bytes, from row `row` of a tile on. */
+static VECTOR void decode_bytes(const Weight *w, int64_t tile, const Group *g, int row,
+                                uint16_t *out) {
+  const Scales s = read_scales(w, tile, g, row);
+  const __m512i one = _mm512_set1_epi32(1);
+  for (int word = 0; word < g->words; word++, out += 2 * BLOCK) {
+    const int8_t *codes = byte_codes(w, tile, g, row, word);
+    for (int c = 0; c < SIDE; c++) {
+      __m512 value[2]; /* of columns c and c + 16 */
+      for (int i = 0; i < 2; i++) {
+        const int column = c + i * SIDE;
+        const __m512i code =
+            _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(codes + column * WORD)));
+        const __m512 level = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_add_epi32(code, code), one));
+        value[i] = _mm512_fmadd_ps(level, s.scale[0], s.offset);
+        if (w->column_scale)
+          value[i] = _mm512_mul_ps(
+              value[i], _mm512_set1_ps(w->column_scale[(g->first_word + word) * WORD + column]));
+      }
+      _mm512_storeu_si512(out + c * WORD, paired(value[0], value[1]));
+    }
+  }
+}
+
 /* 32 rows, from row `first` of a tile, into [words][2][BLOCK]. */
 static VECTOR void decode_rows(const Weight *w, const Buffers *b, int64_t tile, int first,
                                uint16_t *out) {
   Planes planes;
   for (int i = 0; i < w->groups; i++) {
     const Group *g = w->group + i;
-    for (int begin = 0, end; b->first[i] >= 0 && begin < g->words; begin = end) {
+    for (int half = 0; g->bytes && half < 2; half++)
+      decode_bytes(w, tile, g, first + half * SIDE,
+                   out + (int64_t)b->first[i] * 2 * BLOCK + half * BLOCK);
+    for (int begin = 0, end; !g->bytes && b->first[i] >= 0 && begin < g->words; begin = end) {
       end = take_words(pbq_expand_avx512, w, tile, g, first, ROWS, begin, &planes);
       for (int half = 0; half < 2; half++) {
         const uint32_t *data[MAX_PLANES];

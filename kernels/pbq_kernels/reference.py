@@ -47,11 +47,11 @@ def dense_rows(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> Tensor:
     for tier, codes, scale, offset in zip(layout.tiers, found, scales, offsets, strict=True):
         group = tier.group_of_column(device)
         part = torch.zeros(n, tier.columns, dtype=torch.float32, device=device)
-        if offset is not None:
-            part += offset[:, group]
         for p in range(tier.depth):
             sign = ((codes >> p) & 1).float() * 2 - 1
             part += scale[:, :, p][:, group] * sign
+        if offset is not None:  # last: sums of tied planes are exact, so this alone rounds
+            part += offset[:, group]
         parts.append(part)
     W = torch.empty(n, layout.k, dtype=torch.float32, device=device)
     W[:, permutation(layout, tensors)] = torch.cat(parts, 1)

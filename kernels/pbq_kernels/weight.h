@@ -49,6 +49,7 @@ typedef struct {
   int32_t stored;     /* planes in the stream */
   int32_t planes;     /* of the levels: one more with a trellis */
   int32_t tied;       /* one scale is stored for all planes */
+  int32_t bytes;      /* of 8 tied planes: where they would be lie codes, see byte_codes */
   int32_t scale;      /* slot of the first scale */
   int32_t offset;     /* slot of the offset, or -1 */
   int32_t path;       /* of a trellis, else 0: bit i is set where plane 1 has the path i rows ago */
@@ -147,9 +148,17 @@ INLINE void store(void *y, int64_t i, int dtype, float value) {
 
 INLINE int scale_slot(const Group *g, int plane) { return g->tied ? g->scale : g->scale + plane; }
 
-/* Of a stored plane. */
+/* Of a stored plane, unless the group is one of bytes. */
 INLINE const uint32_t *plane_words(const Weight *w, int64_t tile, const Group *g, int plane) {
   return w->data + (tile * w->stream + g->stream + (int64_t)plane * g->words) * w->tile;
+}
+
+/* Of a group of bytes, from a row of a tile on, of 32 rows that stand together: the codes of a word's
+ * columns, [WORD][32 rows]. Bytes have a sign, they are 128 less than the code; its level is 2 * byte
+ * + 1 times the scale. */
+INLINE const int8_t *byte_codes(const Weight *w, int64_t tile, const Group *g, int row, int word) {
+  const uint32_t *words = plane_words(w, tile, g, 0) + (int64_t)word * MAX_PLANES * w->tile;
+  return (const int8_t *)(words + row / WORD * WORD * MAX_PLANES) + row % WORD;
 }
 
 INLINE const uint16_t *scales_of(const Weight *w, int64_t tile, int slot) {
@@ -162,6 +171,11 @@ INLINE const uint16_t *scales_of(const Weight *w, int64_t tile, int slot) {
 /* Of 8 rows. */
 INLINE AVX2 __m256 scales_avx2(const uint16_t *scale) {
   return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)scale));
+}
+
+/* Bytes of 8 rows. */
+INLINE AVX2 __m256 bytes_avx2(const int8_t *from) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
 }
 #endif
 
@@ -187,7 +201,7 @@ Expand pbq_expand_avx512; /* 32 or 64 rows; reads whole registers */
 #endif
 
 /* The planes of rows [first, first + rows) of a tile, from word `begin` of a group to the one that
- * is returned: all words, or CHUNK of them where planes are to be made. */
+ * is returned: all words, or CHUNK of them where planes are to be made. Not of a group of bytes. */
 INLINE int take_words(Expand *expand, const Weight *w, int64_t tile, const Group *g, int first,
                       int rows, int begin, Planes *to) {
   if (!g->path) {

@@ -55,6 +55,7 @@ static int add_groups(Weight *w, Group *groups, const Tier *tiers, int count) {
       g->stored = tiers[t].planes;
       g->planes = tiers[t].planes + (tiers[t].path != 0);
       g->tied = tiers[t].tied;
+      g->bytes = g->tied && g->stored == MAX_PLANES;
       g->path = tiers[t].path;
       g->delay = tiers[t].delay;
       g->uneven = tiers[t].uneven;
@@ -268,6 +269,7 @@ int main(void) {
       {{0, 7, 7, 0, 1}, {1, 61, 33, 0, 1}, {2, 30, 30, 1, 0}, {4, 95, 64, 0, 1}},
       {{5, 1, 1, 0, 0}, {8, 33, 33, 1, 1}},
       {{7, 31, 31, 0, 1}},
+      {{8, 150, 64, 1, 1}, {2, 33, 33, 0, 0}, {8, 70, 70, 1, 0}, {8, 33, 33, 0, 0}},
       {{2, 360, 90, 1, 0}, {3, 640, 640, 0, 0}},
       {{1, 2100, 2100, 0, 0}},
       /* trellises of every number of taps; more words than are expanded at once */

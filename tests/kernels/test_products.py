@@ -38,6 +38,14 @@ SHAPES: dict[str, tuple[int, int, tuple[Tier, ...]]] = {
     "tied planes": (31, 150, tuple(Tier(p, 30, tied=True) for p in (1, 2, 3, 4, 5))),
     "offsets": (40, 160, tuple(Tier(p, 40, offset=True, group_size=33) for p in (1, 2, 3, 4))),
     "many planes": (33, 63, (Tier(8, 33, tied=True, offset=True), Tier(6, 30))),
+    "bytes": (
+        *(130, 577),
+        (
+            Tier(8, 500, tied=True, offset=True, group_size=33),
+            Tier(2, 37),
+            Tier(8, 40, tied=True),
+        ),
+    ),
     "trellises": (130, 577, trellises(12, 50, 277, 138, 70, 42)),
     "large": (1090, 63, trellises(8, 3, 60)),
 }
