@@ -1,9 +1,9 @@
 /* CPU kernels for the packed layout: docs/kernels.md, section "CPU".
  *
- * Rows sit in SIMD lanes. A tile holds 32 or 64 rows; its weights are one sequential stream of
- * 32-bit words, stream[tile][group][plane][word][row], and bit c of a word is column c of the 32
- * columns of that word. Every row is summed in one fixed order, whatever the tile,
- * the number of threads or the tokens beside it, so results do not depend on any of them.
+ * Rows sit in SIMD lanes. A tile holds 32 rows (AVX-512: 64, if there are so many); its weights are
+ * one sequential stream of 32-bit words, stream[tile][group][plane][word][row], and bit c of a word
+ * is column c of the 32 columns of that word. Every row is summed in one fixed order, whatever the
+ * tile, the number of threads or the tokens beside it, so results do not depend on any of them.
  *
  * exact: a lookup of 4 bits replaces 4 additions. For each run of 4 columns the 16 sums
  *   +-x0+-x1+-x2+-x3 are tabulated once per token in fp32, and one in-register permute fetches them
@@ -618,9 +618,8 @@ typedef struct {
   __m256i all, odd;
 } Sums;
 
-/* The words of a plane, up to BLOCK of them, for 32 rows: half of what lies at a word, which the CPU
- * asks for too late. A multiplication shifts, for shifts share their execution ports with the
- * permutes. */
+/* The words of a plane, up to BLOCK of them, for 32 rows. A multiplication shifts, for shifts share
+ * their execution ports with the permutes. */
 INLINE AVX2 void lookup_avx2(const int digits, const uint32_t *data, int stride, int words,
                              const uint8_t *table, Sums sum[]) {
   const __m256i low = _mm256_set1_epi8(15), down = _mm256_set1_epi16(256);

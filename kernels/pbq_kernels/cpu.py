@@ -286,7 +286,9 @@ def repack(pw: PackedWeight, library: ctypes.CDLL, variant: int) -> CpuWeight:
     """The stored planes as cpu.c's `variant` reads them. Raises PackedFormatError on bad values."""
     layout, tensors = pw.layout, pw.tensors
     check_tensors(layout, tensors, values=True)
-    tile = 64 if layout.n > 32 else 32
+    name = variants(library)[variant]
+    # as many rows as are multiplied at once, so that a tile is read from its begin to its end
+    tile = 64 if name.startswith("avx512") and layout.n > 32 else 32
     groups = _groups(layout)
     array = (_Group * len(groups))(*groups)
     column, column_scale = _positions(pw, groups)
@@ -322,7 +324,6 @@ def repack(pw: PackedWeight, library: ctypes.CDLL, variant: int) -> CpuWeight:
         *(whole.columns.data_ptr(), layout.k, run_mask.data_ptr()),
         ctypes.addressof(struct) + _Weight.run_begin.offset,
     )
-    name = variants(library)[variant]
     unit = UNITS[library.pbq_unit() if name.startswith("avx512") else 0]
     weight = CpuWeight(
         *(library, name, layout.n, layout.k, bits, whole, data, scale, column, column_scale),
