@@ -682,7 +682,7 @@ def skip_without(command: list[str], folder: Path) -> None:
 @pytest.mark.parametrize(
     "name, least",
     [
-        *(("cpu", 300), ("levels", 20), ("trellis", 60), ("divergence", 20)),
+        *(("cpu", 100), ("levels", 20), ("trellis", 60), ("divergence", 20)),
         ("attention", 15 * has_tiles()),
     ],
 )
@@ -710,7 +710,7 @@ def test_sanitizers(tmp_path: Path, name: str, least: int) -> None:
 
 # neon and portable; what has one variant there
 @pytest.mark.parametrize(
-    "name, cases", [("cpu", 2 * 300), ("levels", 20), ("trellis", 540), ("divergence", 20)]
+    "name, cases", [("cpu", 2 * 100), ("levels", 20), ("trellis", 540), ("divergence", 20)]
 )
 def test_arm_under_emulation(tmp_path: Path, name: str, cases: int) -> None:
     """The same cases on an emulated ARM CPU, with the flags of the wheel."""

@@ -72,23 +72,36 @@ def method(config):
 
 
 class Watch:
-    """Where a forked run is: its stage, how often it has entered one, and since when."""
+    """Where a forked run is: its stage, how often it has entered one, and since when.
 
-    _FORMAT = struct.Struct("qqd")
+    The stage is written beside the one before it, and counted when it is there: struct fills what
+    it writes with zeros first, and somebody may be reading.
+    """
+
+    _STAGE = struct.Struct("qd")
 
     def __init__(self) -> None:
-        self._shared = mmap.mmap(-1, self._FORMAT.size)
+        self._shared = mmap.mmap(-1, 8 + 2 * self._STAGE.size)
+        self._entries = memoryview(self._shared)[:8].cast("q")
 
     def read(self) -> tuple[str, int, float]:
-        stage, entries, since = self._FORMAT.unpack_from(self._shared)
+        entries = self._entries[0]
+        stage, since = self._STAGE.unpack_from(self._shared, self._place(entries))
         return NAMES[stage], entries, since
 
     def enter(self, stage: str) -> None:
-        _, entries, _ = self.read()
-        self._FORMAT.pack_into(self._shared, 0, NAMES.index(stage), entries + 1, time.monotonic())
+        self._write(self._entries[0] + 1, stage)
 
     def reset(self) -> None:
-        self._FORMAT.pack_into(self._shared, 0, 0, 0, time.monotonic())
+        self._write(0, NAMES[0])
+
+    def _write(self, entries: int, stage: str) -> None:
+        place = self._place(entries)
+        self._STAGE.pack_into(self._shared, place, NAMES.index(stage), time.monotonic())
+        self._entries[0] = entries
+
+    def _place(self, entries: int) -> int:
+        return 8 + entries % 2 * self._STAGE.size
 
     def install(self) -> None:
         """In the child: say which stage is on; none of this changes what is computed."""
