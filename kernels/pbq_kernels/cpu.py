@@ -52,6 +52,8 @@ _RATES = {
 }
 # Tables of integers have fewer digits for x of 16 bits.
 _SHORT = {"avx2": 1.2, "neon": 1.3}
+# Planes that are looked up in the time of a weight held as a byte.
+_BYTES = 2.0
 _PRODUCT = {torch.float32: 40.0, torch.bfloat16: 95.0}
 _GATHERED, _ADDED = 0.4, 1.0
 _OVERLAY_LOOKUPS, _OVERLAY_DECODING = 1.1, 0.1
@@ -563,18 +565,19 @@ def _least_dense_planes(weight: CpuWeight, m: int, dtype: torch.dtype) -> int:
     return found
 
 
-def _nanoseconds(weight: CpuWeight, planes: int, m: int, dtype: torch.dtype) -> float:
-    """What one of m tokens takes when groups of at least so many planes are decoded."""
+def _nanoseconds(weight: CpuWeight, least: int, m: int, dtype: torch.dtype) -> float:
+    """What one of m tokens takes when groups of at least `least` planes are decoded."""
     lookups, decoding = _RATES[weight.variant]
     if dtype != torch.float32:
         lookups *= _SHORT.get(weight.variant, 1.0)
     product = _PRODUCT[_multiplied_as(dtype)]
     if weight.floats:
         decoding, product = _FLOATS_RATES
-    few, many = weight.parts(planes)
+    few, many = weight.parts(least)
     found = 0.0
     if few:
-        found += weight.n * sum(g.planes * g.columns for g in few.groups) / lookups
+        planes = sum((_BYTES if g.bytes else g.planes) * g.columns for g in few.groups)
+        found += weight.n * planes / lookups
     if many:
         found += weight.n * len(many.columns) * (1 / product + 1 / (decoding * m))
     if few and many and not weight.floats:
