@@ -86,8 +86,8 @@ class _Group(ctypes.Structure):
         ("bit", ctypes.c_int64),
         ("plane_bits", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("columns", "words", "first_word", "stream")),
-        *((name, ctypes.c_int32) for name in ("stored", "planes", "tied", "bytes", "scale", "offset")),
-        *((name, ctypes.c_int32) for name in ("path", "delay", "uneven")),
+        *((name, ctypes.c_int32) for name in ("stored", "planes", "tied", "bytes")),
+        *((name, ctypes.c_int32) for name in ("scale", "offset", "path", "delay", "uneven")),
         ("factor", ctypes.c_float * MAX_PLANES),
     )
 
