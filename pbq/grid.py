@@ -44,12 +44,13 @@ class Grid:
         return levels, middle, codes.to(torch.uint8)
 
     def levels(self) -> Float[Tensor, "n l"]:
-        # plane after plane, as the packed reference adds them: a matmul may round differently
+        # plane after plane, as the packed reference adds them: a matmul may round otherwise
         planes = self.scale.shape[1]
-        sigma, levels = signs(planes, self.scale.device), self.offset[:, None]
+        sigma = signs(planes, self.scale.device)
+        levels = self.scale.new_zeros(len(self.scale), 2**planes)
         for p in range(planes):
-            levels = levels + self.scale[:, p : p + 1] * sigma[:, p]
-        return levels
+            levels += self.scale[:, p : p + 1] * sigma[:, p]
+        return levels + self.offset[:, None]
 
     def nearest(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """(code uint8, level) nearest to every entry of w [n, c]; the lower of two equally near."""
