@@ -44,7 +44,7 @@ class Grid:
         return levels, middle, codes.to(torch.uint8)
 
     def levels(self) -> Float[Tensor, "n l"]:
-        # plane after plane, as the packed reference adds them: a matmul may round otherwise
+        # plane after plane, as the packed reference adds them: a matmul may round differently
         planes = self.scale.shape[1]
         sigma = signs(planes, self.scale.device)
         levels = self.scale.new_zeros(len(self.scale), 2**planes)

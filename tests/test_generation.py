@@ -150,11 +150,12 @@ def test_ctrl_c_drops_a_turn_and_an_end_ends() -> None:
 
 
 @pytest.mark.real
-def test_the_demo_model_answers(real_gguf: Path) -> None:
+def test_the_demo_model_answers(real_gguf: Path, tmp_path: Path, monkeypatch: Any) -> None:
     from pbq.demo import demo_model
 
-    path = demo_model()  # converted once, for all tests
-    assert demo_model() == path
+    monkeypatch.setenv("PBQ_CACHE", str(tmp_path))
+    path = demo_model()
+    assert demo_model() == path  # converted once
     writer = Writer.load(str(path), device="cpu")
     chat = Chat(writer, Sampling(24))
     chat.say("What is the capital of France? Answer in one word.", lambda text: None)

@@ -108,7 +108,8 @@ INLINE AVX2 void decode_some(const int chosen, const int planes, const Scales *s
 
 /* ROWS rows of a group from row `row` of a tile on, of words whose planes are given. */
 NOINLINE static AVX2 void decode(const Weight *w, int64_t tile, const Group *g, int row,
-                        const uint32_t *const *data, const int *stride, int words, float *out) {
+                                 const uint32_t *const *data, const int *stride, int words,
+                                 float *out) {
   for (int half = 0; half < ROWS; half += 8) {
     const Scales s = read_scales(w, tile, g, row + half);
     const uint32_t *here[MAX_PLANES];
@@ -126,8 +127,8 @@ NOINLINE static AVX2 void decode(const Weight *w, int64_t tile, const Group *g, 
 }
 
 /* The same of a group of bytes, words [begin, begin + words). */
-NOINLINE static AVX2 void decode_bytes(const Weight *w, int64_t tile, const Group *g, int row, int begin,
-                              int words, float *out) {
+NOINLINE static AVX2 void decode_bytes(const Weight *w, int64_t tile, const Group *g, int row,
+                                       int begin, int words, float *out) {
   for (int half = 0; half < ROWS; half += 8) {
     const Scales s = read_scales(w, tile, g, row + half);
     for (int word = 0; word < words; word++) {
@@ -170,8 +171,8 @@ INLINE AVX2 void multiply(const int T, int64_t columns, const float *x, const fl
 }
 
 /* The same of all tokens; x_step from TOKENS of them to the next. */
-NOINLINE static AVX2 void multiply_all(const float *x, int64_t x_step, int64_t tokens, int64_t columns,
-                              const float *weight, float *sum) {
+NOINLINE static AVX2 void multiply_all(const float *x, int64_t x_step, int64_t tokens,
+                                       int64_t columns, const float *weight, float *sum) {
   for (; tokens > 0; tokens -= TOKENS, x += x_step, sum += TOKENS * ROWS)
     switch (tokens < TOKENS ? tokens : TOKENS) {
       case 1: multiply(1, columns, x, weight, sum); break;
@@ -214,8 +215,7 @@ static AVX2 void run_block(const Weight *w, const float *x, int64_t tokens, int6
     const Group *g = w->group + i;
     if (!g->planes && g->offset < 0) continue; /* zeros */
     for (int begin = 0, end; begin < g->words; begin = end) {
-      end = g->bytes ? g->words
-                     : take_words(pbq_expand_avx2, w, tile, g, first, BLOCK, begin, &planes);
+      end = take_words(pbq_expand_avx2, w, tile, g, first, BLOCK, begin, &planes);
       for (int at = begin; at < end; at += WORDS) {
         const int words = end - at < WORDS ? end - at : WORDS;
         for (int r = 0; r < BLOCK; r += ROWS) {

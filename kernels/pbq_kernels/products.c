@@ -249,7 +249,8 @@ static VECTOR void decode_bytes(const Weight *w, int64_t tile, const Group *g, i
         const int column = c + i * SIDE;
         const __m512i code =
             _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(codes + column * WORD)));
-        const __m512 level = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_add_epi32(code, code), one));
+        const __m512i twice = _mm512_add_epi32(code, code);
+        const __m512 level = _mm512_cvtepi32_ps(_mm512_add_epi32(twice, one));
         value[i] = _mm512_fmadd_ps(level, s.scale[0], s.offset);
         if (w->column_scale)
           value[i] = _mm512_mul_ps(
@@ -266,16 +267,17 @@ static VECTOR void decode_rows(const Weight *w, const Buffers *b, int64_t tile, 
   Planes planes;
   for (int i = 0; i < w->groups; i++) {
     const Group *g = w->group + i;
-    for (int half = 0; g->bytes && half < 2; half++)
-      decode_bytes(w, tile, g, first + half * SIDE,
-                   out + (int64_t)b->first[i] * 2 * BLOCK + half * BLOCK);
-    for (int begin = 0, end; !g->bytes && b->first[i] >= 0 && begin < g->words; begin = end) {
+    for (int begin = 0, end; b->first[i] >= 0 && begin < g->words; begin = end) {
       end = take_words(pbq_expand_avx512, w, tile, g, first, ROWS, begin, &planes);
       for (int half = 0; half < 2; half++) {
+        uint16_t *to = out + (int64_t)(b->first[i] + begin) * 2 * BLOCK + half * BLOCK;
+        if (g->bytes) {
+          decode_bytes(w, tile, g, first + half * SIDE, to);
+          continue;
+        }
         const uint32_t *data[MAX_PLANES];
         for (int p = 0; p < g->planes; p++) data[p] = planes.data[p] + half * SIDE;
-        decode_words(w, tile, g, first + half * SIDE, data, planes.stride, begin, end,
-                     out + (int64_t)(b->first[i] + begin) * 2 * BLOCK + half * BLOCK);
+        decode_words(w, tile, g, first + half * SIDE, data, planes.stride, begin, end, to);
       }
     }
   }

@@ -201,9 +201,10 @@ Expand pbq_expand_avx512; /* 32 or 64 rows; reads whole registers */
 #endif
 
 /* The planes of rows [first, first + rows) of a tile, from word `begin` of a group to the one that
- * is returned: all words, or CHUNK of them where planes are to be made. Not of a group of bytes. */
+ * is returned: all words, or CHUNK of them where planes are to be made. A group of bytes has none. */
 INLINE int take_words(Expand *expand, const Weight *w, int64_t tile, const Group *g, int first,
                       int rows, int begin, Planes *to) {
+  if (g->bytes) return g->words;
   if (!g->path) {
     for (int p = 0; p < g->planes; p++) {
       to->data[p] = plane_words(w, tile, g, p) + first;
